@@ -1,0 +1,178 @@
+"""How things are measured: time, memory, error against float64, and the bandwidth of a copy on the same machine.
+
+Time on a GPU is between two CUDA events, behind a short sleep that lets the host run ahead, as it does in a training
+step; on a CPU it is the wall clock. Memory on a GPU is the allocator's peak beyond what was allocated before; on a CPU
+memory_worker.py measures it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from cases import LogpsCase
+from torch import Tensor
+
+# About half a millisecond: longer than Python takes to enqueue a forward and a backward.
+SLEEP_CYCLES = 1_000_000
+# Inputs rotate until together they are larger than any last-level cache, but no more than this often.
+CACHE_BYTES = 256 * 2**20
+MAX_COPIES = 4
+TRUTH_ROWS = 4
+
+
+def is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def copies_needed(input_bytes: int) -> int:
+    return max(1, min(MAX_COPIES, -(-CACHE_BYTES // max(1, input_bytes))))
+
+
+class Timer:
+    """Times single calls: `before` right before one, `run` the call itself, `seconds` what all of them took."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = is_gpu(device)
+        self.events: list[tuple[Any, Any]] = []
+        self.wall: list[float] = []
+
+    def before(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(SLEEP_CYCLES)
+
+    def run(self, call: Callable[[], Any]) -> None:
+        if not self.gpu:
+            start = perf_counter()
+            call()
+            self.wall.append(perf_counter() - start)
+            return
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+        self.events.append((start_event, end_event))
+
+    def seconds(self) -> list[float]:
+        return [a.elapsed_time(b) / 1e3 for a, b in self.events] if self.gpu else self.wall
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and minimum in milliseconds, and every sample."""
+    times = [1e3 * s for s in seconds]
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+    return {
+        "median_ms": median(times),
+        "q1_ms": low,
+        "q3_ms": high,
+        "min_ms": min(times),
+        "rounds": len(times),
+        "times_ms": [round(t, 5) for t in times],
+    }
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """GB/s of a copy within the device's memory, counting bytes read and bytes written; median of 10."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timer = Timer(device)
+    target.copy_(source)
+    for _ in range(10):
+        timer.before()
+        timer.run(lambda: target.copy_(source))
+    return 2 * size / median(timer.seconds()) / 1e9
+
+
+def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> dict[str, int]:
+    """The allocator's peak beyond what is there before the call, and the gradients' part of it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    fresh = gradient_bytes(gradients, inputs)
+    return {"peak_bytes": peak, "gradient_bytes": fresh, "peak_beyond_gradient_bytes": peak - fresh}
+
+
+def gradient_bytes(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> int:
+    """Bytes of gradients that have memory of their own; one written over its input has none."""
+    taken = {x.data_ptr() for x in inputs}
+    return sum(g.numel() * g.element_size() for g in gradients if g.data_ptr() not in taken)
+
+
+class MemoryWorker:
+    """Asks memory_worker.py, started at the first question, what a call takes on the CPU."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, suite: str, case: Any, provider: str, mode: str) -> dict[str, int]:
+        if self.process is None:
+            command = [sys.executable, str(Path(__file__).with_name("memory_worker.py"))]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        question = {"suite": suite, "case": asdict(case), "provider": provider, "mode": mode}
+        to_worker, from_worker = self.process.stdin, self.process.stdout
+        if to_worker is None or from_worker is None:
+            raise RuntimeError("memory_worker.py was started without pipes")
+        print(json.dumps(question), file=to_worker, flush=True)
+        answer = from_worker.readline()
+        if not answer:
+            raise RuntimeError(f"memory_worker.py ended with code {self.process.wait()} at {question}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+            self.process.wait(timeout=60)
+
+
+@dataclass(frozen=True)
+class LogpsTruth:
+    """float64 values of the first sequence and gradients of a few rows, from the logits as they are stored."""
+
+    value: float  # of sequence 0
+    rows: list[int]  # of sequence 0
+    gradients: Tensor  # (len(rows), V) float64
+    scored: int
+
+    @classmethod
+    def of(cls, case: LogpsCase, logits: Tensor, labels: Tensor, upstream: Tensor) -> LogpsTruth:
+        first = case.length - case.scored_per_sequence - 1  # row t predicts label t + 1
+        rows = list(range(first, case.length - 1))
+        total, gradients = 0.0, {}
+        step = max(1, len(rows) // TRUTH_ROWS)
+        wanted = rows[::step][:TRUTH_ROWS]
+        for row in rows:
+            logps = logits[0, row].detach().double().log_softmax(-1)
+            label = int(labels[0, row + 1])
+            total += float(logps[label])
+            if row in wanted:
+                gradient = -logps.exp()
+                gradient[label] += 1
+                gradients[row] = gradient * float(upstream[0])
+        return cls(total, wanted, torch.stack([gradients[row] for row in wanted]), len(rows))
+
+    def errors(self, values: Tensor, gradient: Tensor | None) -> dict[str, float | None]:
+        """Per scored token in nats; of the gradient relative to its norm, and the largest absolute one."""
+        out: dict[str, float | None] = {"value_error_per_token": abs(float(values[0]) - self.value) / self.scored}
+        if gradient is None:
+            return {**out, "gradient_error_relative": None, "gradient_error_largest": None}
+        difference = gradient[0, self.rows].double() - self.gradients
+        relative = float(difference.norm() / self.gradients.norm())
+        return {**out, "gradient_error_relative": relative, "gradient_error_largest": float(difference.abs().max())}
+
+
+def bandwidth(bytes_that_must_move: int, median_ms: float, copy: float) -> dict[str, float]:
+    achieved = bytes_that_must_move / median_ms / 1e6
+    return {"gb_per_s": achieved, "copy_gb_per_s": copy, "ratio_to_copy": achieved / copy}

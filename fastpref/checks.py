@@ -1,0 +1,66 @@
+"""Argument checks that several public functions share.
+
+An error names the argument, what it got, what it wanted and what to do: `ValueError` for values and shapes, `TypeError`
+for types. Nothing here reads a tensor's elements, so nothing here can make a GPU wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+def describe(value: Any) -> str:
+    """A short description of a value for an error message: a tensor by dtype, shape and device, the rest by repr."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: Any, *, floating: bool = False) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {describe(value)}")
+    return value
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+) -> float:
+    """A finite real number in the given interval, as a float. `bool` is refused: it is nearly always a slip."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    number = float(value)
+    low = number > minimum if open_minimum else number >= minimum
+    high = number < maximum if open_maximum else number <= maximum
+    if not (math.isfinite(number) and low and high):
+        left = "(" if open_minimum or minimum == -math.inf else "["
+        right = ")" if open_maximum or maximum == math.inf else "]"
+        raise ValueError(f"{name} must be a finite number in {left}{minimum:g}, {maximum:g}{right}, got {value!r}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {', '.join(sorted(choices))}; got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}; got {value!r}")
+    return value

@@ -1,0 +1,89 @@
+"""The command `fastpref`: train, demo, doctor. Bad input gives one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: fastpref COMMAND [options]
+
+commands:
+  train    train a causal language model on preference pairs
+  demo     make data, train a small model with DPO and with DPOP, and show what each did
+  doctor   print versions and devices, which paths will run, and check one kernel
+
+fastpref COMMAND --help lists a command's options.
+"""
+
+# What a user's options or data can raise before anything is trained.
+INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def train_command(arguments: list[str]) -> int:
+    try:
+        from fastpref.training.arguments import parse_arguments
+        from fastpref.training.loop import train_run
+        from fastpref.training.nonfinite import NonFiniteError
+        from fastpref.training.prepare import ResumeError, prepare
+
+        run = prepare(parse_arguments(arguments))
+    except INPUT_ERRORS as error:
+        return _fail("fastpref train", error, code=2)
+    try:
+        result = train_run(run)
+    except ResumeError as error:
+        return _fail("fastpref train", error, code=2)
+    except NonFiniteError as error:
+        return _fail("fastpref train", error, code=1)
+    if run.accelerator.is_main_process:
+        print(f"trained {result.step} steps; metrics, curves.png and the model are in {result.output_dir}")
+    return 0
+
+
+def demo_command(arguments: list[str]) -> int:
+    try:
+        from fastpref.demo.cli import main as demo
+    except ImportError as error:
+        return _fail("fastpref demo", error, code=2)
+    return demo(arguments)
+
+
+def doctor_command(arguments: list[str]) -> int:
+    from fastpref.doctor import main as doctor
+
+    return doctor(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train_command,
+    "demo": demo_command,
+    "doctor": doctor_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 done, 1 failed, 2 bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from fastpref import __version__
+
+        print(f"fastpref {__version__}")
+        return 0
+    command = COMMANDS.get(given[0])
+    if command is None:
+        known = ", ".join(COMMANDS)
+        return _fail("fastpref", ValueError(f"unknown command {given[0]!r}; the commands are {known}"), code=2)
+    return command(given[1:])
+
+
+def _fail(program: str, error: Exception, *, code: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The preference losses: formulas on per-sequence log-probs, their registry, and `preference_loss`."""
+
+from fastpref.losses.api import PreferenceOutput, coefficients, dpo_loss, dpop_loss, preference_loss
+from fastpref.losses.registry import LOSSES, get_loss
+from fastpref.losses.spec import LossOption, LossSpec, MarginForm, PairLogps
+
+__all__ = [
+    "LOSSES",
+    "LossOption",
+    "LossSpec",
+    "MarginForm",
+    "PairLogps",
+    "PreferenceOutput",
+    "coefficients",
+    "dpo_loss",
+    "dpop_loss",
+    "get_loss",
+    "preference_loss",
+]

@@ -1,0 +1,126 @@
+"""What a loss is here: a formula on the four log-probs of each pair, its options, and what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.checks import check_number
+
+
+class PairLogps(NamedTuple):
+    """The log-probs of B pairs. The two references are None for a loss that needs none."""
+
+    policy_chosen: Tensor  # (B,)
+    policy_rejected: Tensor  # (B,)
+    ref_chosen: Tensor | None = None  # (B,)
+    ref_rejected: Tensor | None = None  # (B,)
+
+    @property
+    def chosen_ratio(self) -> Tensor:  # (B,)
+        """log π(y_w) − log π_ref(y_w); the policy's own log-prob where there is no reference."""
+        return self.policy_chosen if self.ref_chosen is None else self.policy_chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:  # (B,)
+        """The same for the rejected response."""
+        return self.policy_rejected if self.ref_rejected is None else self.policy_rejected - self.ref_rejected
+
+    @property
+    def margin(self) -> Tensor:  # (B,)
+        # Ratios first: with equal policy and reference both are exactly 0, and so is the margin.
+        return self.chosen_ratio - self.rejected_ratio
+
+
+class MarginForm(NamedTuple):
+    """A loss f(u) of one argument, u = scale·(margin − lam·max(0, ref_chosen − policy_chosen)), cut to ±clip.
+
+    `logistic`: f(u) = −log σ(u) + tilt·u.  `hinge`: f(u) = max(0, 1 − u).  `square`: f(u) = (u − target)².
+    """
+
+    shape: Literal["logistic", "hinge", "square"]
+    scale: float
+    lam: float = 0.0
+    tilt: float = 0.0
+    target: float = 0.0
+    clip: float = math.inf
+
+
+@dataclass(frozen=True)
+class LossOption:
+    """A number that a loss takes by keyword, with its default and the interval it must lie in."""
+
+    name: str
+    default: float | None
+    help: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    open_minimum: bool = False
+    open_maximum: bool = False
+
+    @property
+    def interval(self) -> str:
+        left = "(" if self.open_minimum or self.minimum == -math.inf else "["
+        right = ")" if self.open_maximum or self.maximum == math.inf else "]"
+        interval = f"{left}{self.minimum:g}, {self.maximum:g}{right}"
+        return f"{interval} or None" if self.default is None else interval
+
+    def check(self, value: Any) -> float | None:
+        """The value as a float, or None where None is the default; else ValueError or TypeError."""
+        if value is None and self.default is None:
+            return None
+        return check_number(
+            self.name,
+            value,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            open_minimum=self.open_minimum,
+            open_maximum=self.open_maximum,
+        )
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One entry of the registry.
+
+    `formula(pairs, beta, **options)` gives the losses `(B,)` in plain differentiable torch. A loss of one
+    argument also has `margin(beta, **options)`, which says which f(u) it is, and then has a fused path.
+    `penalty(pairs, **options)` is what a loss adds and reports, `(B,)`.
+    """
+
+    name: str
+    formula: Callable[..., Tensor]
+    formula_text: str
+    paper: str
+    reduction: Literal["sum", "mean"] = "sum"  # how the paper means the log-prob of a sequence
+    needs_reference: bool = True
+    separable: bool = True  # whether the loss of a pair depends on that pair only
+    options: tuple[LossOption, ...] = ()
+    aliases: tuple[str, ...] = ()
+    margin: Callable[..., MarginForm] | None = field(default=None, repr=False)
+    penalty: Callable[..., Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def fused(self) -> bool:
+        return self.margin is not None
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, float | None]:
+        """Every option of this loss, the given values checked; TypeError for an unknown one."""
+        known = {option.name: option for option in self.options}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            takes = ", ".join(f"{o.name} in {o.interval}" for o in self.options) or "no options of its own"
+            raise TypeError(
+                f"loss {self.name!r} does not take {', '.join(map(repr, unknown))}; besides beta it takes {takes}"
+            )
+        return {name: option.check(options.get(name, option.default)) for name, option in known.items()}
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where every tensor is float64, else float32."""
+    return torch.float64 if all(t is None or t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,17 @@
+"""The training loop: `train(TrainConfig(...))`; what it needs comes with `pip install "fastpref[train]"`."""
+
+from __future__ import annotations
+
+try:
+    import accelerate  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'the training loop needs {error.name}, which is not installed: pip install "fastpref[train]"'
+    ) from error
+
+from fastpref.training.config import TrainConfig
+from fastpref.training.loop import TrainResult, train
+from fastpref.training.nonfinite import NonFiniteError
+
+__all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "train"]

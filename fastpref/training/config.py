@@ -1,0 +1,191 @@
+"""What a training run is: one flat dataclass, whose fields are the options of `fastpref train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastpref.checks import check_bool, check_choice, check_number, describe
+
+PRECISIONS = ("fp32", "bf16")
+# Those of transformers.get_scheduler that need nothing but the number of steps and of warm-up steps.
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "linear",
+    "polynomial",
+)
+
+
+def _option(default: Any, text: str, **parser: Any) -> Any:
+    """A field with the help text that `fastpref train --help` shows, and what argparse is told besides."""
+    return field(default=default, metadata={"help": text, **parser})
+
+
+@dataclass
+class TrainConfig:
+    """The options of a run; `fastpref.train` and `fastpref train` take the same ones.
+
+    Lengths are in tokens, `batch_size` in pairs. The effective batch of an optimiser step holds `batch_size *
+    gradient_accumulation_steps` pairs on each process. Values are checked when the object is made: TypeError
+    for a wrong type, ValueError for a wrong value.
+    """
+
+    # What is trained
+    model: str | None = _option(None, "Folder or hub name of a causal language model to start from.")
+    model_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON text or a config.json path: a model with random weights, instead of --model."},
+    )
+    tokenizer: str | None = _option(None, "Folder or hub name of the tokenizer; by default that of --model.")
+    chat_template: str | None = _option(None, "Jinja chat template, as text or as a path to a file.")
+
+    # Data
+    dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
+    eval_dataset: str | None = _option(None, "Held-out pairs, in the same forms as --dataset.")
+    eval_fraction: float = _option(0.0, "Share of --dataset to hold out, drawn with --seed; 0 holds out none.")
+    max_length: int = _option(1024, "Tokens a sequence may have; a response is cut at its end to fit.")
+
+    # Loss
+    loss: str = _option("sigmoid", "Name of the preference loss: dpo, dpop, ipo, sft, kl_sft and so on.")
+    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
+    loss_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the loss as JSON, for instance '{\"lam\": 5.0}' for dpop."},
+    )
+
+    # Optimiser
+    learning_rate: float = _option(1e-6, "Peak learning rate of AdamW.")
+    schedule: str = _option("linear", "Learning-rate schedule, by its name in transformers.get_scheduler.")
+    warmup_steps: int = _option(0, "Steps over which the learning rate rises from 0.")
+    warmup_ratio: float = _option(0.0, "The same as a share of all steps; give one of the two.")
+    weight_decay: float = _option(0.0, "AdamW weight decay, on matrices only (not on biases and norms).")
+    adam_beta1: float = _option(0.9, "AdamW beta1.")
+    adam_beta2: float = _option(0.999, "AdamW beta2.")
+    adam_epsilon: float = _option(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = _option(1.0, "Clip the gradient to this norm; 0 turns clipping off.")
+
+    # Size of a step, length of the run
+    batch_size: int = _option(4, "Pairs in a micro-batch on each process.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches in an optimiser step.")
+    epochs: float = _option(1.0, "Passes over the data; --max_steps overrides it.")
+    max_steps: int | None = _option(None, "Optimiser steps; the data repeats as often as that takes.")
+    precision: Literal["fp32", "bf16"] = _option("fp32", "bf16: autocast, with float32 weights and losses.")
+    disable_dropout: bool = _option(True, "Set every dropout probability of the model to 0.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in backward, to save memory.")
+
+    # Evaluation, saving, reporting
+    eval_every: int | None = _option(None, "Evaluate every so many steps; by default only after the last one.")
+    sample_prompts: int = _option(0, "Held-out prompts to answer (greedily) at each evaluation.")
+    max_new_tokens: int = _option(64, "Tokens a sampled answer may have.")
+    save_every: int = _option(500, "Write a checkpoint every so many steps; 0 writes none (the final model always is).")
+    keep_checkpoints: int = _option(2, "How many of the newest checkpoints stay on disk.")
+    logging_every: int | None = _option(
+        None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10."
+    )
+    seed: int = _option(0, "Seed of random weights, of the order of the data and of dropout.")
+    output_dir: str = _option("runs/fastpref", "Folder of the run: metrics, curves, checkpoints, final model.")
+    resume: str | None = _option(
+        None,
+        "Go on from a checkpoint: its path, or no value for the newest in --output_dir.",
+        nargs="?",
+        const="latest",
+    )
+    on_nonfinite: Literal["stop", "skip"] = _option(
+        "stop", "A loss or gradient that is not finite: stop the run, or skip that step's update."
+    )
+    progress: bool = _option(True, "Show progress bars and a line of metrics at each record.")
+
+    def __post_init__(self) -> None:
+        self.model_config = _json_object("model_config", self.model_config)
+        self.loss_options = _json_object("loss_options", self.loss_options) or {}
+        self.resume = _resume(self.resume)
+        for name in ("model", "tokenizer", "chat_template", "dataset", "eval_dataset"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise TypeError(f"{name} must be a non-empty string or None, got {describe(value)}")
+        if not (isinstance(self.output_dir, str) and self.output_dir):
+            raise TypeError(f"output_dir must be a non-empty string, got {describe(self.output_dir)}")
+        if self.model is not None and self.model_config is not None:
+            raise ValueError("give model (weights to start from) or model_config (random weights), not both")
+        if not (isinstance(self.loss, str) and self.loss):
+            raise TypeError(f"loss must be the name of a loss, got {describe(self.loss)}")
+        self._check_numbers()
+        for name in ("disable_dropout", "gradient_checkpointing", "progress"):
+            check_bool(name, getattr(self, name))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        if self.eval_dataset is not None and self.eval_fraction > 0:
+            raise ValueError("give eval_dataset or eval_fraction, not both")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "max_new_tokens", "keep_checkpoints"):
+            _check_whole(name, getattr(self, name), minimum=1)
+        for name in ("warmup_steps", "sample_prompts", "save_every", "seed"):
+            _check_whole(name, getattr(self, name), minimum=0)
+        for name in ("max_steps", "eval_every", "logging_every"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), minimum=1)
+        _check_whole("max_length", self.max_length, minimum=2)
+        check_number("eval_fraction", self.eval_fraction, minimum=0, maximum=1, open_maximum=True)
+        check_number("warmup_ratio", self.warmup_ratio, minimum=0, maximum=1)
+        check_number("beta", self.beta, minimum=0, open_minimum=True)
+        check_number("epochs", self.epochs, minimum=0, open_minimum=True)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            check_number(name, getattr(self, name), minimum=0)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_number(name, getattr(self, name), minimum=0, maximum=1, open_maximum=True)
+        check_number("adam_epsilon", self.adam_epsilon, minimum=0, open_minimum=True)
+
+    @property
+    def loss_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `fastpref.preference_loss` beyond the log-probs."""
+        assert isinstance(self.loss_options, dict)  # __post_init__ made it one
+        return {"loss": self.loss, "beta": self.beta, **self.loss_options}
+
+
+def _check_whole(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any] | None:
+    """A dict as it is; JSON text or the path of a JSON file, read."""
+    if value is None or isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a dict, JSON text or a path, got {describe(value)}")
+    text = value
+    if not value.lstrip().startswith("{"):
+        path = Path(value)
+        if not path.is_file():
+            raise ValueError(f"{name} must be a JSON object or the path of a JSON file, got {value!r}")
+        text = path.read_text(encoding="utf-8")
+    try:
+        decoded = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}): {value!r}") from error
+    if not isinstance(decoded, dict):
+        raise ValueError(f"{name} must hold a JSON object, got {describe(decoded)}")
+    return decoded
+
+
+def _resume(value: Any) -> str | None:
+    """True and 'true' stand for 'latest', as a config file writes it; False and 'false' for no resuming."""
+    if value in (None, False, "false"):
+        return None
+    if value in (True, "true"):
+        return "latest"
+    if not (isinstance(value, str) and value):
+        raise TypeError(f"resume must be True, False or the path of a checkpoint, got {describe(value)}")
+    return value

@@ -1,0 +1,183 @@
+"""Everything before the first step: options, data, tokenizer and model checked and brought together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from fastpref.losses import LossSpec, get_loss
+from fastpref.training.batches import BatchPlan
+from fastpref.training.build import build_model, build_tokenizer
+from fastpref.training.checkpoints import checkpoint_folders, find_checkpoint, load_state
+from fastpref.training.config import TrainConfig
+from fastpref.training.console import Console
+from fastpref.training.data import Pair, data_digest, tokenize_rows
+from fastpref.training.files import Rows, check_rows, load_rows
+from fastpref.training.formats import has_messages
+
+# Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
+# free.)
+FIXED_ON_RESUME = (
+    "loss", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps", "warmup_ratio",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision",
+    "disable_dropout", "seed",
+)  # fmt: skip
+
+
+class ResumeError(ValueError):
+    """A checkpoint that this run cannot go on from."""
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: TrainConfig
+    spec: LossSpec
+    accelerator: Any
+    console: Console
+    tokenizer: Any
+    model: Any  # on its device, with the initial weights
+    pairs: list[Pair]
+    eval_pairs: list[Pair]
+    plan: BatchPlan
+    steps: int
+    pad_id: int
+    output_dir: Path
+    checkpoint: Path | None  # to resume from
+    state: dict[str, Any] | None  # of that checkpoint
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must agree on."""
+        fixed = {name: getattr(self.config, name) for name in FIXED_ON_RESUME}
+        return {**fixed, "pairs_per_step": self.plan.per_step, "data": data_digest(self.pairs)}
+
+
+def prepare(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+) -> Run:
+    """Check and load everything that `fastpref.train` needs; what is wrong with its input is raised here."""
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    accelerator = Accelerator(mixed_precision="no")  # forward.py enters autocast itself, and says why
+    console = Console(main=accelerator.is_main_process, progress=config.progress)
+    spec = _check_loss(config, accelerator.num_processes)
+    torch.manual_seed(config.seed)
+
+    rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
+    if rows is None:
+        raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
+    eval_rows = _rows(config.eval_dataset, eval_dataset, "eval_dataset", "eval_dataset")
+    if eval_dataset is not None and config.eval_fraction > 0:
+        raise ValueError("give eval_dataset or eval_fraction, not both")
+    tokenizer = build_tokenizer(config, tokenizer, conversational=has_messages(rows[0]), say=console.say)
+    pairs = _pairs(rows, tokenizer, config, "dataset", console)
+    eval_pairs = [] if eval_rows is None else _pairs(eval_rows, tokenizer, config, "eval_dataset", console)
+    if config.eval_fraction > 0:
+        pairs, eval_pairs = _split(pairs, config.eval_fraction, config.seed)
+        console.say(f"held out {len(eval_pairs)} pairs, {len(pairs)} are left to train on")
+    if not eval_pairs and (config.eval_every is not None or config.sample_prompts):
+        raise ValueError("eval_every and sample_prompts need held-out pairs: set eval_dataset or eval_fraction")
+
+    model = build_model(config, model, tokenizer, say=console.say).to(accelerator.device)
+    plan = BatchPlan(
+        pairs=len(pairs),
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    output_dir = Path(config.output_dir)
+    run = Run(
+        config=config,
+        spec=spec,
+        accelerator=accelerator,
+        console=console,
+        tokenizer=tokenizer,
+        model=model,
+        pairs=pairs,
+        eval_pairs=eval_pairs,
+        plan=plan,
+        steps=config.max_steps or math.ceil(config.epochs * plan.steps_per_epoch),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        output_dir=output_dir,
+        checkpoint=None,
+        state=None,
+    )
+    return _with_output(run)
+
+
+def _check_loss(config: TrainConfig, world: int) -> LossSpec:
+    spec = get_loss(config.loss)
+    spec.check_options({k: v for k, v in config.loss_arguments.items() if k not in ("loss", "beta")})
+    if not spec.separable and config.gradient_accumulation_steps * world > 1:
+        raise ValueError(
+            f"loss {spec.name!r} compares the pairs of a batch with each other, so micro-batches do not "
+            "add up to a batch: set gradient_accumulation_steps=1 and run one process, with a larger batch_size "
+            f"(got {config.gradient_accumulation_steps} and {world})"
+        )
+    return spec
+
+
+def _rows(source: str | None, given: Any, name: str, argument: str) -> Rows | None:
+    if source is not None and given is not None:
+        raise ValueError(f"config.{name} and the argument {argument} were both given: give one of them")
+    if given is not None:
+        return check_rows(given, argument)
+    return None if source is None else check_rows(load_rows(source, name), name)
+
+
+def _pairs(rows: Rows, tokenizer: Any, config: TrainConfig, name: str, console: Console) -> list[Pair]:
+    found = tokenize_rows(rows, tokenizer, max_length=config.max_length, name=name)
+    for line in found.report(name, config.max_length):
+        console.say(line)
+    return found.pairs
+
+
+def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    count = max(1, round(fraction * len(pairs)))
+    if count >= len(pairs):
+        raise ValueError(f"eval_fraction={fraction} of {len(pairs)} pairs leaves none to train on")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = set(order[:count])
+    return [p for i, p in enumerate(pairs) if i not in held_out], [p for i, p in enumerate(pairs) if i in held_out]
+
+
+def _with_output(run: Run) -> Run:
+    """Find the checkpoint to resume and hold it against the run, or see that none would be mixed up."""
+    config, output_dir = run.config, run.output_dir
+    if config.resume is None:
+        if checkpoint_folders(output_dir):
+            raise ValueError(
+                f"{output_dir} holds checkpoints of an earlier run: set resume to go on with it, or "
+                "take another output_dir"
+            )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return run
+    checkpoint = find_checkpoint(config.resume, output_dir)
+    state = load_state(checkpoint)
+    differing = [name for name, value in run.settings.items() if state["settings"].get(name) != value]
+    if differing:
+        changes = ", ".join(
+            "the data" if name == "data" else f"{name} (was {state['settings'].get(name)!r}, is {run.settings[name]!r})"
+            for name in differing
+        )
+        raise ResumeError(f"{checkpoint} cannot be resumed with other settings than its own: {changes}")
+    if state["step"] > run.steps:
+        raise ResumeError(f"{checkpoint} has made {state['step']} steps already, more than the {run.steps} asked for")
+    run.console.say(f"resuming {checkpoint} after step {state['step']}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(run, checkpoint=checkpoint, state=state)
