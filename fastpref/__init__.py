@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpref import reference
 from fastpref.logps import sequence_logps, token_logps
+from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
 
 if TYPE_CHECKING:
     from fastpref.training import TrainConfig, TrainResult, train
@@ -13,8 +14,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOSSES",
+    "LossSpec",
+    "PreferenceOutput",
     "TrainConfig",
     "TrainResult",
+    "dpo_loss",
+    "dpop_loss",
+    "get_loss",
+    "preference_loss",
     "reference",
     "sequence_logps",
     "token_logps",

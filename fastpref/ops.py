@@ -87,7 +87,7 @@ def token_logps_backward_inplace_op(
     _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, inplace=True)
 
 
-def _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, *, inplace):  # type: ignore[no-untyped-def]
+def _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, *, inplace):
     arguments = (grad, logits, labels, mask, row_max, row_sum, shift, ignore_index)
     if not _runs_triton(logits):
         return tiled.token_logps_backward(*arguments, Transform(*transform), inplace)

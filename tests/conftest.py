@@ -37,9 +37,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def no_worse_than_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
     """Asserts that the error against the float64 truth is at most 1.5 times eager float32's (another order of summation).
 
-    Eager may be lucky, so an error of one unit in the last place of the largest value, in the result's own precision, is
-    always allowed. Triton's interpreter rounds float32 to bfloat16 towards zero, where a GPU rounds to nearest: there
-    bfloat16 gets twice that.
+    That holds for the root mean square, and for the largest error unless that is within two units in the last place of
+    the largest value, in the result's own precision: so close to the limit, the largest of a few errors is luck. Triton's
+    interpreter rounds float32 to bfloat16 towards zero, where a GPU rounds to nearest: there bfloat16 gets twice that.
     """
 
     def check(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
@@ -48,10 +48,13 @@ def no_worse_than_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
         assert torch.isfinite(ours).all()
         if truth.numel() == 0:
             return
-        error, eager_error = ((x.double() - truth).abs().max().item() for x in (ours, eager))
+        errors, eager_errors = ((x.double() - truth).abs() for x in (ours, eager))
         step = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-        rounding = 2.0 if INTERPRETED and ours.dtype == torch.bfloat16 else 1.0
-        limit = rounding * max(1.5 * eager_error, step)
-        assert error <= limit, f"error {error:.3e}, eager {eager_error:.3e}, one step {step:.3e}"
+        factor = 3.0 if INTERPRETED and ours.dtype == torch.bfloat16 else 1.5
+        rms, eager_rms = (x.square().mean().sqrt().item() for x in (errors, eager_errors))
+        assert rms <= max(factor * eager_rms, step / 4), f"rms {rms:.3e}, eager {eager_rms:.3e}, step {step:.3e}"
+        largest, eager_largest = errors.max().item(), eager_errors.max().item()
+        limit = max(factor * eager_largest, 2 * step)
+        assert largest <= limit, f"error {largest:.3e}, eager {eager_largest:.3e}, step {step:.3e}"
 
     return check

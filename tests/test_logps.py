@@ -49,7 +49,7 @@ def pooled(name, batch, length, vocab, dtype, device, *, seeds=1, spread=4.0, **
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_values_and_gradients_at_any_vocabulary_size(vocab, dtype, backend, device, no_worse_than_eager):
-    batch, length, seeds = (3, 7, 8) if vocab < 1000 else (1, 3, 1)
+    batch, length, seeds = (3, 7, 8 if backend == "torch" else 2) if vocab < 1000 else (1, 3, 1)
     values, gradients = pooled("sequence_logps", batch, length, vocab, dtype, device, seeds=seeds)
     no_worse_than_eager(*values)
     no_worse_than_eager(*gradients)
@@ -59,7 +59,7 @@ def test_values_and_gradients_at_any_vocabulary_size(vocab, dtype, backend, devi
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_any_batch_and_length(batch, length, shift, reduction, backend, device, no_worse_than_eager):
-    options = {"shift": shift, "reduction": reduction, "seeds": 12}
+    options = {"shift": shift, "reduction": reduction, "seeds": 12 if backend == "torch" else 3}
     values, gradients = pooled("sequence_logps", batch, length, 83, torch.float32, device, **options)
     no_worse_than_eager(*values)
     no_worse_than_eager(*gradients)
@@ -78,7 +78,7 @@ def test_any_batch_and_length(batch, length, shift, reduction, backend, device, 
     ids=str,
 )
 def test_transforms(transform, dtype, backend, device, no_worse_than_eager):
-    options = {"seeds": 5, "spread": 8.0, **transform}
+    options = {"seeds": 5 if backend == "torch" else 2, "spread": 8.0, **transform}
     values, gradients = pooled("sequence_logps", 3, 5, 507, dtype, device, **options)
     no_worse_than_eager(*values)
     no_worse_than_eager(*gradients)
@@ -199,7 +199,7 @@ def test_the_same_call_twice_is_bitwise_equal(backend, device):
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("vocab", [97, 4099, 32001])
+@pytest.mark.parametrize("vocab", [97, 4099, 17001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sequence_alone_is_bitwise_the_sequence_in_a_batch(vocab, dtype, backend, device):
     """Whatever the other sequences hold, wherever it stands among them, and however it is padded."""

