@@ -1,8 +1,8 @@
 """Which implementation runs: the Triton kernels or the torch path.
 
-`FASTPREF_BACKEND` chooses: `auto` (the default: Triton on a GPU that it supports, torch elsewhere), `torch` (always the
-torch path) or `triton` (always the kernels; on CPU tensors that needs `TRITON_INTERPRET=1`, which is how they are tested
-without a GPU). It is read at every call, so that a test or a debugging user can switch.
+`FASTPREF_BACKEND` chooses: `auto` (the default: Triton on a GPU that it supports, torch elsewhere), `torch` (always
+the torch path) or `triton` (always the kernels; on CPU tensors that needs `TRITON_INTERPRET=1`, which is how they are
+tested without a GPU). It is read at every call, so that a test or a debugging user can switch.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ avoid (the whole log-softmax), so that each line can be checked by eye. `dtype=t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ def scored_positions(
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Boolean, the shape of `labels`: True where the label is predicted by a position of its own sequence and counts."""
+    """Boolean, the shape of `labels`: True where a position of the label's own sequence predicts it and it counts."""
     scored = labels != ignore_index
     if mask is not None:
         scored = scored & (mask != 0)
@@ -95,7 +96,7 @@ def sequence_logps(
         sums, lengths = tokens.sum(-1), scored.sum(-1)
     else:
         ends = cu_seqlens.tolist()
-        pieces = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        pieces = [slice(a, b) for a, b in itertools.pairwise(ends)]
         sums = torch.stack([tokens[piece].sum() for piece in pieces])
         lengths = torch.stack([scored[piece].sum() for piece in pieces])
     return sums if reduction == "sum" else sums / lengths.clamp(min=1)

@@ -4,8 +4,8 @@ A tile is a few rows of logits as float32 in one scratch buffer that stays in ca
 once, keep its maximum m and s = Σ exp(x − m). Backward: read it once more and write g·(onehot − p) once. Peak
 memory beyond the gradient is the scratch buffer (two with a softcap) and eight bytes a position.
 
-Every tile is computed at the same shape, the last one too: a reduction over another shape may sum in another order, and a
-row's value must not depend on the rows beside it.
+Every tile is computed at the same shape, the last one too: a reduction over another shape may sum in another order,
+and a row's value must not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 # A thread's share of a tile, in elements: 1 MiB of float32, about one core's L2. On 2 cores with V = 151936, two rows
 # a tile took 0.048 s for 512 rows forward where one row took 0.059 and three (uneven between the cores) 0.062.
 TILE_ELEMENTS_PER_THREAD = 2**18
-# More rows than this gain nothing, and a short batch would pay for the whole tile.
-MAX_TILE_ROWS = 256
+# More rows than this gain little, and a short batch would pay for the whole tile.
+MAX_TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -81,30 +81,38 @@ def _tile_rows(vocab: int, device: torch.device) -> int:
 
 
 def _row_groups(scored: Tensor, shift: int, *tensors: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Scored rows in order, as (positions in labels, rows in the 2-D views, 2-D views of (B, T, V) `tensors`).
+    """Scored rows in order, as (row in the whole batch, row in the 2-D views, 2-D views of (B, T, V) `tensors`).
 
-    One group where all tensors can be seen as (B·T, V), else one a sequence: a slice like logits[:, :-1] is never copied.
+    One group where all tensors can be seen as (B·T, V), else one a sequence: logits[:, :-1] is never copied.
     """
     batch, length = tensors[0].shape[:2]
     flat = scored.new_zeros(batch, length)
     flat[:, : length - shift] = scored
     if all(x.is_contiguous() or batch == 1 or x.stride(0) == length * x.stride(1) for x in tensors):
         rows = flat.flatten().nonzero().flatten()
-        yield rows + shift, rows, tuple(x.flatten(0, 1) for x in tensors)
+        yield rows, rows, tuple(x.flatten(0, 1) for x in tensors)
     else:
         for b in range(batch):
             rows = flat[b].nonzero().flatten()
-            yield rows + b * length + shift, rows, tuple(x[b] for x in tensors)
+            yield rows + b * length, rows, tuple(x[b] for x in tensors)
 
 
-def _tiles(rows: Tensor, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
-    """`rows` in pieces of `size`: (where in `rows`, which rows), the latter a slice where they are neighbours."""
-    first_last = rows.tolist()
-    for start in range(0, len(first_last), size):
-        stop = min(start + size, len(first_last))
-        low, high = first_last[start], first_last[stop - 1]
+def _tiles(rows: Tensor, size: int) -> Iterator[tuple[int, slice | Tensor]]:
+    """`rows` in pieces of `size`: how many, and which; a slice where they are neighbours."""
+    listed = rows.tolist()
+    for start in range(0, len(listed), size):
+        stop = min(start + size, len(listed))
+        low, high = listed[start], listed[stop - 1]
         neighbours = high - low == stop - start - 1
-        yield slice(start, stop), slice(low, high + 1) if neighbours else rows[start:stop]
+        yield stop - start, slice(low, high + 1) if neighbours else rows[start:stop]
+
+
+def _columns(length: int, size: int, like: Tensor, *values: Tensor) -> list[Tensor]:
+    """(padded, 1) columns of zeros, or of `values`, padded to whole tiles."""
+    padded = -(-length // size) * size
+    if not values:
+        return [like.new_zeros(padded, 1) for _ in range(2)]
+    return [torch.cat([value, value.new_zeros(padded - length)]).unsqueeze(1) for value in values]
 
 
 def token_logps_forward(
@@ -122,23 +130,23 @@ def token_logps_forward(
     scored = scored_labels(labels, mask, ignore_index, shift)
     check_labels_in_range(labels, scored, shift, vocab)
     size = _tile_rows(vocab, logits.device)
-    scratch = torch.zeros(size, vocab, dtype=dtype, device=logits.device)
-    flat_labels = labels.flatten()
+    tile = torch.zeros(size, vocab, dtype=dtype, device=logits.device)
 
-    for positions, rows, (x,) in _row_groups(scored, shift, logits):
-        targets = flat_labels[positions].long().unsqueeze(1)
-        maxima, sums, picked = (scratch.new_empty(len(rows), 1) for _ in range(3))
-        tile_sums = scratch.new_empty(size, 1)
-        for piece, which in _tiles(rows, size):
-            tile = scratch[: piece.stop - piece.start]
-            torch.amax(transform.apply_(tile.copy_(x[which])), 1, keepdim=True, out=maxima[piece])
-            tile.sub_(maxima[piece])
-            torch.gather(tile, 1, targets[piece], out=picked[piece])
-            torch.sum(scratch.exp_(), 1, keepdim=True, out=tile_sums)
-            sums[piece] = tile_sums[: len(tile)]
-        flat = positions - shift
-        row_max[flat], row_sum[flat] = maxima.squeeze(1), sums.squeeze(1)
-        logps[positions] = (picked - sums.log_()).squeeze(1)
+    for place, rows, (x,) in _row_groups(scored, shift, logits):
+        if len(rows) == 0:
+            continue
+        maxima, sums = _columns(len(rows), size, tile)
+        for (count, which), tile_max, tile_sum in zip(
+            _tiles(rows, size), maxima.split(size), sums.split(size), strict=True
+        ):
+            transform.apply_(tile[:count].copy_(x[which]))
+            torch.amax(tile, 1, keepdim=True, out=tile_max)
+            torch.sum(tile.sub_(tile_max).exp_(), 1, keepdim=True, out=tile_sum)
+        targets = labels.flatten()[place + shift].long()
+        maximum, total = maxima[: len(rows), 0], sums[: len(rows), 0]
+        picked = transform.apply_(x[rows, targets].to(dtype))
+        row_max[place], row_sum[place] = maximum, total
+        logps[place + shift] = (picked - maximum) - total.log()
     shape = (batch, length)
     return logps.view(shape), row_max.view(shape), row_sum.view(shape)
 
@@ -162,23 +170,29 @@ def token_logps_backward(
     if inplace:
         _zero_other_rows(out, scored)
     size = _tile_rows(vocab, logits.device)
-    scratch = torch.empty(size, vocab, dtype=row_max.dtype, device=logits.device)
-    tanh_scratch = torch.empty_like(scratch) if transform.softcap else None
-    flat_labels, flat_grad = labels.flatten(), grad.flatten().to(row_max.dtype)
+    tile = torch.zeros(size, vocab, dtype=row_max.dtype, device=logits.device)
+    tanh = torch.empty_like(tile) if transform.softcap else None
 
-    for positions, rows, (x, dx) in _row_groups(scored, shift, logits, out):
-        targets = flat_labels[positions].long().unsqueeze(1)
-        upstream = flat_grad[positions].unsqueeze(1)
-        maxima = row_max.flatten()[positions - shift].unsqueeze(1)
-        scale = -upstream / row_sum.flatten()[positions - shift].unsqueeze(1)
-        for piece, which in _tiles(rows, size):
-            tile = scratch[: piece.stop - piece.start]
-            tanh = None if tanh_scratch is None else tanh_scratch[: len(tile)]
-            transform.apply_(tile.copy_(x[which]), tanh)
-            tile.sub_(maxima[piece]).exp_().mul_(scale[piece])
-            tile.scatter_add_(1, targets[piece], upstream[piece])
-            transform.chain_(tile, tanh)
-            dx[which] = tile if isinstance(which, slice) else tile.to(dx.dtype)
+    for place, rows, (x, dx) in _row_groups(scored, shift, logits, out):
+        if len(rows) == 0:
+            continue
+        targets = labels.flatten()[place + shift].long()
+        upstream = grad.flatten()[place + shift].to(row_max.dtype)
+        maximum, total = row_max.flatten()[place], row_sum.flatten()[place]
+        # The label's own entry is g·(1 − p), from one rounding of p − 1; read before `out` can overwrite it.
+        picked = x[rows, targets].to(row_max.dtype)
+        picked_tanh = torch.empty_like(picked) if transform.softcap else None
+        p = torch.exp(transform.apply_(picked, picked_tanh) - maximum) / total
+        own = transform.chain_(upstream * (1.0 - p), picked_tanh)
+
+        maxima, scale = _columns(len(rows), size, tile, maximum, -upstream / total)
+        for (count, which), tile_max, tile_scale in zip(
+            _tiles(rows, size), maxima.split(size), scale.split(size), strict=True
+        ):
+            transform.apply_(tile[:count].copy_(x[which]), None if tanh is None else tanh[:count])
+            transform.chain_(tile.sub_(tile_max).exp_().mul_(tile_scale), tanh)
+            dx[which] = tile[:count] if isinstance(which, slice) else tile[:count].to(dx.dtype)
+        dx[rows, targets] = own.to(dx.dtype)
     return out
 
 

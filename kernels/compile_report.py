@@ -256,10 +256,12 @@ def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Vector registers, scratch bytes and spilled registers, from the metadata at the assembly's end."""
+    """Vector registers, scratch bytes and spilled vector registers, from the metadata at the assembly's end.
+
+    Scalar registers that the compiler parks in lanes of a vector register never touch memory, and do not count.
+    """
     numbers = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.MULTILINE)}
-    spills = numbers["sgpr_spill_count"] + numbers["vgpr_spill_count"]
-    return numbers["vgpr_count"], numbers["private_segment_fixed_size"], spills
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"], numbers["vgpr_spill_count"]
 
 
 def compile_all(jobs: Sequence[Job], *, processes: int = 1) -> list[Row]:

@@ -1,19 +1,21 @@
 """Token log-probs from logits: one pass over each scored row forward, one more backward.
 
-A row is read in tiles of DEPTH × WIDTH elements. A thread owns the same few columns of WIDTH in each of the DEPTH slices,
-so that a tile's maxima and sums are taken inside the thread, and threads meet once, at the end of the row. That leaves
-1 + 1/DEPTH exponentials an element, which the special-function units can do at the speed of the memory.
+A row is read in tiles of DEPTH × WIDTH elements. A thread owns the same few columns of WIDTH in each of the DEPTH
+slices, so that a tile's maxima and sums are taken inside the thread, and threads meet once, at the end of the row. That
+leaves 1 + 1/DEPTH exponentials an element, which the special-function units can do at the speed of the memory.
 
-Which columns are summed together depends on the column alone, never on a row's address: a sequence's value is bitwise the
-same wherever it stands in a batch. Where V is a multiple of 16, loads and stores are 16 bytes wide; elsewhere (GPT-2's
-50257) rows start at odd addresses and threads move element by element, still coalesced.
+Which columns are summed together depends on the column alone, never on a row's address: a sequence's value is bitwise
+the same wherever it stands in a batch. Where V is a multiple of 16, loads and stores are 16 bytes wide; elsewhere
+(GPT-2's 50257) rows start at odd addresses and threads move element by element, still coalesced.
 
-Letters: row t of a sequence predicts the label at `position` t + shift; z = outer·x, or outer·tanh(inner·x) with a softcap.
+Letters: row t of a sequence predicts the label at `position` t + shift; z = outer·x, or with a softcap
+outer·tanh(inner·x).
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +31,8 @@ WIDTH = 1024
 DEPTH = 4
 # The backward has nothing to reduce; its tile is small so that element-wise addresses (odd V) fit the registers.
 BLOCK = 2048
-# A wavefront of AMD's has 64 threads.
-NUM_WARPS = 4 if torch.version.hip is None else 2
+# A wavefront of AMD's has 64 threads: as many threads in half as many.
+NUM_WARPS, HIP_NUM_WARPS = 4, 2
 
 # Values that change from batch to batch and that no address depends on: one compiled kernel serves all of them.
 _UNSPECIALISED = ["T", "shift", "ignore_index"]
@@ -59,7 +61,7 @@ def _tanh(u):
 
 @triton.jit
 def _scaled(x, factor, factor_low, EXACT: tl.constexpr):
-    """x·(factor + factor_low): a factor rounded to float32 would shift every logit of a row by the same relative error."""
+    """x·(factor + factor_low): a factor rounded to float32 would shift a whole row by the same relative error."""
     scaled = x * factor
     if not EXACT:
         scaled += tl.where(tl.abs(x) == float("inf"), 0.0, x) * factor_low
@@ -224,8 +226,8 @@ def token_logps_backward_kernel(
 ):
     """dL/dx = g·(onehot − p)·dz/dx; one program a row.
 
-    Reads N·V·itemsize bytes, writes B·T·V·itemsize bytes: gradients of scored rows and zeros elsewhere; a row that is not
-    scored is not read. Each element is read before it is written and by the same program, so `out` may be `logits`.
+    Reads N·V·itemsize bytes, writes B·T·V·itemsize bytes: gradients of scored rows and zeros elsewhere; a row that is
+    not scored is not read. Each element is read before it is written and by the same program, so `out` may be `logits`.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // T
@@ -277,7 +279,7 @@ def token_logps_forward(
     *,
     width: int = WIDTH,
     depth: int = DEPTH,
-    num_warps: int = NUM_WARPS,
+    num_warps: int = NUM_WARPS if torch.version.hip is None else HIP_NUM_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs (B, T) where the labels stand; row maxima and sums (B, T) where the rows stand."""
     batch, length, vocab = logits.shape
@@ -327,7 +329,7 @@ def token_logps_backward(
     *,
     inplace: bool = False,
     block: int = BLOCK,
-    num_warps: int = NUM_WARPS,
+    num_warps: int = NUM_WARPS if torch.version.hip is None else HIP_NUM_WARPS,
 ) -> Tensor:  # (B, T, V)
     """The gradient of the logits, in new contiguous memory or in their own."""
     batch, length, vocab = logits.shape
@@ -408,11 +410,10 @@ def _compile_cases() -> list[CompileCase]:
         backward |= {"grad_stride_b": "i32", "grad_stride_t": "i32"}
         flags = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap}
         tile = {"WIDTH": WIDTH, "DEPTH": DEPTH}
+        warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
         cases += [
-            CompileCase(token_logps_forward_kernel, forward, flags | tile, num_warps=NUM_WARPS, note=note),
-            CompileCase(
-                token_logps_backward_kernel, backward, flags | {"BLOCK": BLOCK}, num_warps=NUM_WARPS, note=note
-            ),
+            CompileCase(token_logps_forward_kernel, forward, flags | tile, note=note, **warps),
+            CompileCase(token_logps_backward_kernel, backward, flags | {"BLOCK": BLOCK}, note=note, **warps),
         ]
     return cases
 

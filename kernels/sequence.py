@@ -39,8 +39,8 @@ def sequence_reduce_kernel(
 ):
     """value = Σ_t logp_t (/ n), n = how many labels are scored; one program a sequence, one order of summation.
 
-    Reads 4 bytes, a label and a mask byte a position; writes 12 bytes a sequence. The sum is taken in float64 and rounded
-    once, so that where a sequence stands in its row does not show in the float32 result.
+    Reads 4 bytes, a label and a mask byte a position; writes 12 bytes a sequence. The sum is taken in float64 and
+    rounded once, so that where a sequence stands in its row does not show in the float32 result.
     """
     sequence = tl.program_id(0).to(tl.int64)
     if PACKED:
@@ -82,7 +82,7 @@ def sequence_reduce(
     ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Values (S,) float32 and lengths (S,) int64, S = B without `cu_seqlens`; 0 for a sequence with nothing to score."""
+    """Values (S,) float32 and lengths (S,) int64, S = B without `cu_seqlens`; 0 where nothing is scored."""
     count = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     values = logps.new_empty(count)
     lengths = logps.new_empty(count, dtype=torch.int64)

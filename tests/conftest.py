@@ -35,11 +35,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def no_worse_than_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Asserts that the error against the float64 truth is at most 1.5 times eager float32's (another order of summation).
+    """Asserts that the error against the float64 truth is at most 1.5 times eager float32's (another summation order).
 
     That holds for the root mean square, and for the largest error unless that is within two units in the last place of
-    the largest value, in the result's own precision: so close to the limit, the largest of a few errors is luck. Triton's
-    interpreter rounds float32 to bfloat16 towards zero, where a GPU rounds to nearest: there bfloat16 gets twice that.
+    the largest value, in the result's own precision: so close to the limit, the largest of a few errors is luck.
+    Triton's interpreter rounds float32 to bfloat16 towards zero, where a GPU rounds to nearest: there bfloat16 gets
+    twice that.
     """
 
     def check(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
