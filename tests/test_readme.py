@@ -1,0 +1,40 @@
+"""What the README says of the losses and of the commands is what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpref
+from fastpref.losses.__main__ import table
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_losses_is_the_registry():
+    written = re.search(r"<!-- losses:[^\n]*-->\n(.*?)<!-- end of losses -->", README, re.DOTALL)
+    assert written is not None
+    assert written[1] == table(), "run python -m fastpref.losses and put what it prints into README.md"
+
+
+def test_the_swap_runs_as_it_stands_and_agrees_with_the_truth():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    head = torch.nn.Linear(8, 13)
+    embed = torch.nn.Embedding(13, 8)
+
+    def model(input_ids, attention_mask):
+        return type("Output", (), {"logits": head(embed(input_ids))})
+
+    input_ids = torch.randint(13, (4, 6), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, :2] = -100
+    names = {"torch": torch, "model": model, "ref_model": model, "input_ids": input_ids, "labels": labels}
+    exec(code[1], {**names, "attention_mask": torch.ones_like(input_ids)}, names)
+    truth = fastpref.reference.sequence_logps(model(input_ids, None).logits, labels, dtype=torch.float64)
+    torch.testing.assert_close(names["policy"].double(), truth, rtol=1e-6, atol=0)
+    assert names["out"].loss.item() == pytest.approx(0.6931472, rel=1e-6)  # equal models: ln 2
+    assert head.weight.grad is not None
