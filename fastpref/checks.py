@@ -45,7 +45,8 @@ def check_number(
     number = float(value)
     low = number > minimum if open_minimum else number >= minimum
     high = number < maximum if open_maximum else number <= maximum
-    if not (math.isfinite(number) and low and high):
+    # Not math.isfinite: torch.compile makes options symbolic, and it cannot take those.
+    if not (-math.inf < number < math.inf and low and high):
         left = "(" if open_minimum or minimum == -math.inf else "["
         right = ")" if open_maximum or maximum == math.inf else "]"
         raise ValueError(f"{name} must be a finite number in {left}{minimum:g}, {maximum:g}{right}, got {value!r}")

@@ -31,8 +31,8 @@ def token_logps(
 
     .. warning:: **shift.** With `shift=True` (the default) labels come as a causal LM gets them: position t of `logits`
        predicts `labels[:, t + 1]`, and the first label of a sequence is never scored. With `shift=False` position t
-       scores `labels[:, t]`: pass that if you have shifted already (`logits[:, :-1], labels[:, 1:]`). Shifting twice, or
-       not at all, gives numbers that look plausible and are wrong.
+       scores `labels[:, t]`: pass that if you have shifted already (`logits[:, :-1], labels[:, 1:]`). Shifting twice,
+       or not at all, gives numbers that look plausible and are wrong.
 
     The value of a label stands where the label stands: `out[b, t]` is log p(`labels[b, t]`), so `out` lines up with
     `labels` and `mask` whether they are shifted or not. Natural logarithm; float32 whatever the logits are.
@@ -47,7 +47,8 @@ def token_logps(
         ignore_index: the label of a position that is not scored.
         temperature, logit_scale, softcap: logits are taken as `softcap·tanh(logit_scale·x / softcap) / temperature`.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. For logits that nothing
-            else reads afterwards. A second backward raises; so does torch.compile, which plans memory itself.
+            else reads afterwards. A second backward raises. torch.compile, which plans memory itself, raises with
+            `fullgraph=True` and otherwise breaks the graph here.
 
     Returns:
         float32, the shape of `labels`; 0 where a label is not scored. Rows that are not scored are not read: NaN or
@@ -82,8 +83,8 @@ def sequence_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B,) float32, and with return_lengths (B,) int64
     """The log-probability of each sequence's scored tokens: what DPO and its family need of a model.
 
-    .. warning:: **shift.** `shift=True` (the default) takes labels as a causal LM gets them and shifts them itself; pass
-       `shift=False` for logits and labels that are aligned already. See `token_logps`, which also explains `mask`,
+    .. warning:: **shift.** `shift=True` (the default) takes labels as a causal LM gets them and shifts them itself;
+       pass `shift=False` for logits and labels that are aligned already. See `token_logps`, which also explains `mask`,
        `ignore_index`, `temperature`, `logit_scale`, `softcap` and `inplace_backward`.
 
     Args:
@@ -92,7 +93,7 @@ def sequence_logps(
         cu_seqlens: (B + 1,) int32 or int64 on the device of the logits: sequence i is rows `cu_seqlens[i]` to
             `cu_seqlens[i + 1]` of packed input.
         on_empty: a sequence with nothing to score has value 0 and gradient 0 ("zero"), or raises ("raise", which makes
-            the host wait for the GPU).
+            the host wait for the GPU, and cannot be traced by torch.compile).
         return_lengths: also return how many tokens were scored.
 
     Returns:
@@ -134,6 +135,12 @@ def _token_logps(
     options: list[float],
     inplace_backward: bool,
 ) -> Tensor:  # (B, T) float32
+    # Raised here, beside the operator: without fullgraph torch.compile leaves the function that raises uncompiled.
+    if inplace_backward and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "inplace_backward=True does not go through torch.compile, which plans memory itself: "
+            "use inplace_backward=False in compiled code"
+        )
     logps, _, _ = token_logps_op(logits, labels, mask, int(shift), ignore_index, options, inplace_backward)
     return logps.float()
 
@@ -150,11 +157,7 @@ def _check_options(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
     check_bool("shift", shift)
-    if check_bool("inplace_backward", inplace_backward) and torch.compiler.is_compiling():
-        raise RuntimeError(
-            "inplace_backward=True does not go through torch.compile, which plans memory itself: "
-            "use inplace_backward=False in compiled code"
-        )
+    check_bool("inplace_backward", inplace_backward)
     return [
         check_number("temperature", temperature, minimum=0, open_minimum=True),
         check_number("logit_scale", logit_scale, minimum=0, open_minimum=True),
@@ -217,8 +220,8 @@ def _check_cu_seqlens(logits: Tensor, cu_seqlens: Tensor | None, shift: bool) ->
     if cu_seqlens is None:
         if logits.dim() == 2 and shift:
             raise ValueError(
-                f"packed logits of shape {tuple(logits.shape)} with shift=True need cu_seqlens, or labels would be scored "
-                "across sequence boundaries; pass cu_seqlens, or aligned labels with shift=False"
+                f"packed logits of shape {tuple(logits.shape)} with shift=True need cu_seqlens, or labels would be "
+                "scored across sequence boundaries; pass cu_seqlens, or aligned labels with shift=False"
             )
         return
     check_tensor("cu_seqlens", cu_seqlens)
@@ -237,7 +240,8 @@ def _check_cu_seqlens(logits: Tensor, cu_seqlens: Tensor | None, shift: bool) ->
     total = logits.shape[0]
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
         raise ValueError(
-            f"cu_seqlens must begin with 0, never decrease and end with N_total = {total}, got {cu_seqlens.tolist()[:20]}"
+            f"cu_seqlens must begin with 0, never decrease and end with N_total = {total}, got "
+            f"{cu_seqlens.tolist()[:20]}"
         )
 
 

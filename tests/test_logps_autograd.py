@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -317,7 +318,11 @@ def test_operators_pass_opcheck(name, backend, device):
 
 COMPILED = {
     "padded": {},
-    "mean, lengths, mask": {"reduction": "mean", "return_lengths": True, "mask": torch.arange(B * T).view(B, T) % 4 < 3},
+    "mean, lengths, mask": {
+        "reduction": "mean",
+        "return_lengths": True,
+        "mask": torch.arange(B * T).view(B, T) % 4 < 3,
+    },
     "packed": {"cu_seqlens": OFFSETS},
     "packed mean, softcap": {"cu_seqlens": OFFSETS, "reduction": "mean", "softcap": 5.0, "return_lengths": True},
 }
@@ -345,13 +350,36 @@ def test_compiled_without_graph_breaks_is_bitwise_eager(name, backend, device):
         assert torch.equal(compiled, eager)
 
 
-def test_compiled_for_dynamic_shapes_is_bitwise_eager(backend, device):
+def test_one_compiled_graph_serves_every_length(backend, device):
     torch.compiler.reset()
-    compiled = torch.compile(fastpref.token_logps, fullgraph=True, backend="aot_eager", dynamic=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, y: fastpref.sequence_logps(x, y), fullgraph=True, backend=counter)
     logits, labels = make(device=device)
     for length in (5, 4, 3):
         x, y = logits[:, :length].contiguous(), labels[:, :length].contiguous()
-        assert torch.equal(compiled(x, y), fastpref.token_logps(x, y))
+        eager = fastpref.sequence_logps(x, y)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(y, 1)
+        assert torch.equal(compiled(x, y), eager)
+    assert counter.frame_count == 1
+
+
+def test_inplace_under_a_full_graph_raises_and_elsewhere_runs_outside_the_graph(backend, device):
+    torch.compiler.reset()
+    logits, labels = make(device=device)
+
+    def call(x):
+        return fastpref.sequence_logps(x * 1.0, labels, inplace_backward=True)
+
+    with pytest.raises(RuntimeError, match=r"inplace_backward=True does not go through torch\.compile"):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(logits)
+    torch.compiler.reset()
+    leaf = logits.clone().requires_grad_()
+    value = torch.compile(call, backend="aot_eager")(leaf).sum()
+    value.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, gradient(logits, labels)[1])
+    with pytest.raises(RuntimeError, match="a second backward"):
+        value.backward()
 
 
 def test_autocast_changes_nothing(backend, device):
@@ -378,10 +406,10 @@ def test_checkpointing_changes_nothing(reentrant, backend, device):
 
 
 def largest_allocation(function):
-    """Bytes that the greediest operator inside `function` kept or took and gave back."""
+    """Bytes that the greediest operator inside `function` allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    return max(abs(event.self_cpu_memory_usage) for event in profiler.events())
+    return max(event.self_cpu_memory_usage for event in profiler.events())
 
 
 def test_no_float32_tensor_of_the_size_of_the_logits_is_made(monkeypatch):

@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref.training.config import TrainConfig
 from fastpref.training.formats import DEFAULT_CHAT_TEMPLATE, read_chat_template
 
-# A trial model for a CPU: GPT-2's shape, a few million weights beside the embedding, a step in about a
-# second.
-DEFAULT_MODEL = {"model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4}
+# A trial model for a CPU: GPT-2's shape, and with its tokenizer almost all of the time goes into the vocabulary.
+DEFAULT_MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 2}
 
 Say = Callable[[str], None]
 
@@ -40,7 +39,7 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
     return tokenizer
 
 
-def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, say: Say) -> Any:
+def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: int, say: Say) -> Any:
     """The run's model, in float32 unless it was given as an object; checked against data and tokenizer."""
     model: Any
     if given is not None:
@@ -55,8 +54,8 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, say: Say) ->
         # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, say), dtype=torch.float32)
-    _check_fit(model, tokenizer, config.max_length)
+        model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, max_length, say), dtype=torch.float32)
+    _check_fit(model, tokenizer, max_length)
     if config.disable_dropout:
         disable_dropout(model)
     if config.gradient_checkpointing:
@@ -66,13 +65,13 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, say: Say) ->
     return model
 
 
-def _model_config(config: TrainConfig, tokenizer: Any, say: Say) -> Any:
+def _model_config(config: TrainConfig, tokenizer: Any, max_length: int, say: Say) -> Any:
     if isinstance(config.model_config, dict):
         values = dict(config.model_config)
         if "model_type" not in values:
             raise ValueError("model_config needs a 'model_type', for instance 'gpt2' or 'llama'")
     else:
-        values = {**DEFAULT_MODEL, "n_positions": max(1024, config.max_length)}
+        values = {**DEFAULT_MODEL, "n_positions": max(1024, max_length)}
         say(
             "no model was given: training a small GPT-2-shaped one from random weights "
             f"({', '.join(f'{key}={value}' for key, value in values.items() if key != 'model_type')}), for a "

@@ -21,6 +21,13 @@ SCHEDULES = (
     "polynomial",
 )
 
+# What a trained model bears; random weights would not move at that rate.
+LEARNING_RATE = 1e-6
+SCRATCH_LEARNING_RATE = 3e-4
+MAX_LENGTH = 1024
+TRIAL_MAX_LENGTH = 256
+TRIAL_PAIRS = 16
+
 
 def _option(default: Any, text: str, **parser: Any) -> Any:
     """A field with the help text that `fastpref train --help` shows, and what argparse is told besides."""
@@ -49,7 +56,11 @@ class TrainConfig:
     dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
     eval_dataset: str | None = _option(None, "Held-out pairs, in the same forms as --dataset.")
     eval_fraction: float = _option(0.0, "Share of --dataset to hold out, drawn with --seed; 0 holds out none.")
-    max_length: int = _option(1024, "Tokens a sequence may have; a response is cut at its end to fit.")
+    max_length: int | None = _option(
+        None,
+        "Tokens a sequence may have; a response is cut at its end to fit. By default "
+        f"{MAX_LENGTH}, and {TRIAL_MAX_LENGTH} for the trial model that is built where no model is given.",
+    )
 
     # Loss
     loss: str = _option("sigmoid", "Name of the preference loss: dpo, dpop, ipo, sft, kl_sft and so on.")
@@ -60,7 +71,11 @@ class TrainConfig:
     )
 
     # Optimiser
-    learning_rate: float = _option(1e-6, "Peak learning rate of AdamW.")
+    learning_rate: float | None = _option(
+        None,
+        f"Peak learning rate of AdamW; by default {LEARNING_RATE:g}, and {SCRATCH_LEARNING_RATE:g} for a model with "
+        "random weights.",
+    )
     schedule: str = _option("linear", "Learning-rate schedule, by its name in transformers.get_scheduler.")
     warmup_steps: int = _option(0, "Steps over which the learning rate rises from 0.")
     warmup_ratio: float = _option(0.0, "The same as a share of all steps; give one of the two.")
@@ -72,7 +87,11 @@ class TrainConfig:
 
     # Size of a step, length of the run
     batch_size: int = _option(4, "Pairs in a micro-batch on each process.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches in an optimiser step.")
+    gradient_accumulation_steps: int | None = _option(
+        None,
+        "Micro-batches in an optimiser step. By default 1; for the trial model as many as give "
+        f"{TRIAL_PAIRS} pairs a step.",
+    )
     epochs: float = _option(1.0, "Passes over the data; --max_steps overrides it.")
     max_steps: int | None = _option(None, "Optimiser steps; the data repeats as often as that takes.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "bf16: autocast, with float32 weights and losses.")
@@ -127,19 +146,22 @@ class TrainConfig:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "max_new_tokens", "keep_checkpoints"):
+        for name in ("batch_size", "max_new_tokens", "keep_checkpoints"):
             _check_whole(name, getattr(self, name), minimum=1)
         for name in ("warmup_steps", "sample_prompts", "save_every", "seed"):
             _check_whole(name, getattr(self, name), minimum=0)
-        for name in ("max_steps", "eval_every", "logging_every"):
+        for name in ("max_steps", "eval_every", "logging_every", "gradient_accumulation_steps"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), minimum=1)
-        _check_whole("max_length", self.max_length, minimum=2)
+        if self.max_length is not None:
+            _check_whole("max_length", self.max_length, minimum=2)
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, minimum=0)
         check_number("eval_fraction", self.eval_fraction, minimum=0, maximum=1, open_maximum=True)
         check_number("warmup_ratio", self.warmup_ratio, minimum=0, maximum=1)
         check_number("beta", self.beta, minimum=0, open_minimum=True)
         check_number("epochs", self.epochs, minimum=0, open_minimum=True)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), minimum=0)
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), minimum=0, maximum=1, open_maximum=True)

@@ -27,7 +27,7 @@ def evaluate(run: Run) -> dict[str, float]:
     with torch.no_grad(), run.console.bar("evaluation", len(share)) as bar:
         for begin in range(0, len(share), config.batch_size):
             chunk = share[begin : begin + config.batch_size]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=config.max_length, device=device)
+            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
             policy = batch_logps(run.model, batch, reduction=spec.reduction, precision=config.precision)
             output = preference_loss(*policy, *reference_logps(batch, spec), **config.loss_arguments)
             sums += pair_sums(output, *policy, batch.tokens)

@@ -105,7 +105,7 @@ def compute_reference(run: Run, pairs: Sequence[Pair]) -> Tensor:  # (N, 2) floa
         for begin in range(0, len(share), config.batch_size):
             indices = share[begin : begin + config.batch_size]
             chunk = [pairs[index] for index in indices]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=config.max_length, device=device)
+            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
             chosen, rejected = batch_logps(run.model, batch, reduction=run.spec.reduction, precision=config.precision)
             logps[torch.tensor(indices, device=device)] = torch.stack([chosen, rejected], dim=1)
             bar.advance(len(indices))

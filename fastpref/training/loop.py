@@ -84,7 +84,7 @@ class _Loop:
         self.run, self.config, self.device = run, run.config, run.accelerator.device
         # Before anything changes the model: the reference is the initial one.
         self.initial_weights = add_reference(run)
-        optimizer = _optimizer(run.model, run.config, self.device)
+        optimizer = _optimizer(run, self.device)
         self.model, self.optimizer = run.accelerator.prepare(run.model, optimizer)
         self.schedule = _schedule(optimizer, run.config, run.steps)
         self.window = Window(self.device)
@@ -145,7 +145,7 @@ class _Loop:
             # A process whose share is a pair short runs one of the others with weight 0, to keep in step.
             weight = 1.0 if indices else 0.0
             chunk = [run.pairs[index] for index in indices or pairs[:1]]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=config.max_length, device=self.device)
+            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=self.device)
             with nullcontext() if place == len(micro_batches) - 1 else accelerator.no_sync(self.model):
                 policy = batch_logps(self.model, batch, reduction=run.spec.reduction, precision=config.precision)
                 output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)
@@ -222,15 +222,16 @@ class _Loop:
         load_rng(checkpoint, self.run.accelerator)
 
 
-def _optimizer(model: Any, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(run: Run, device: torch.device) -> torch.optim.AdamW:
+    config = run.config
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=run.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True if device.type == "cuda" else None,

@@ -21,7 +21,7 @@ def draw(run: Run, history: Sequence[Record]) -> None:
         return
     options = run.config.loss_options if isinstance(run.config.loss_options, dict) else {}
     details = "".join(f", {name} {value}" for name, value in options.items())
-    title = f"{run.spec.name}: beta {run.config.beta:g}{details}, learning rate {run.config.learning_rate:g}"
+    title = f"{run.spec.name}: beta {run.config.beta:g}{details}, learning rate {run.learning_rate:g}"
     plot_curves(history, run.output_dir / "curves.png", title=title)
 
 

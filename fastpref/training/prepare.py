@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,14 @@ from fastpref.losses import LossSpec, get_loss
 from fastpref.training.batches import BatchPlan
 from fastpref.training.build import build_model, build_tokenizer
 from fastpref.training.checkpoints import checkpoint_folders, find_checkpoint, load_state
-from fastpref.training.config import TrainConfig
+from fastpref.training.config import (
+    LEARNING_RATE,
+    MAX_LENGTH,
+    SCRATCH_LEARNING_RATE,
+    TRIAL_MAX_LENGTH,
+    TRIAL_PAIRS,
+    TrainConfig,
+)
 from fastpref.training.console import Console
 from fastpref.training.data import Pair, data_digest, tokenize_rows
 from fastpref.training.files import Rows, check_rows, load_rows
@@ -39,6 +46,8 @@ class Run:
     """A run that is ready to start."""
 
     config: TrainConfig
+    max_length: int  # the config's, or the default for its model
+    learning_rate: float  # likewise
     spec: LossSpec
     accelerator: Any
     console: Console
@@ -76,6 +85,9 @@ def prepare(
     spec = _check_loss(config, accelerator.num_processes)
     torch.manual_seed(config.seed)
 
+    config = _with_defaults(config, spec, model, accelerator.num_processes, console)
+    max_length, learning_rate = cast(int, config.max_length), cast(float, config.learning_rate)
+    accumulation = cast(int, config.gradient_accumulation_steps)
     rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
     if rows is None:
         raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
@@ -83,19 +95,19 @@ def prepare(
     if eval_dataset is not None and config.eval_fraction > 0:
         raise ValueError("give eval_dataset or eval_fraction, not both")
     tokenizer = build_tokenizer(config, tokenizer, conversational=has_messages(rows[0]), say=console.say)
-    pairs = _pairs(rows, tokenizer, config, "dataset", console)
-    eval_pairs = [] if eval_rows is None else _pairs(eval_rows, tokenizer, config, "eval_dataset", console)
+    pairs = _pairs(rows, tokenizer, max_length, "dataset", console)
+    eval_pairs = [] if eval_rows is None else _pairs(eval_rows, tokenizer, max_length, "eval_dataset", console)
     if config.eval_fraction > 0:
         pairs, eval_pairs = _split(pairs, config.eval_fraction, config.seed)
         console.say(f"held out {len(eval_pairs)} pairs, {len(pairs)} are left to train on")
     if not eval_pairs and (config.eval_every is not None or config.sample_prompts):
         raise ValueError("eval_every and sample_prompts need held-out pairs: set eval_dataset or eval_fraction")
 
-    model = build_model(config, model, tokenizer, say=console.say).to(accelerator.device)
+    model = build_model(config, model, tokenizer, max_length=max_length, say=console.say).to(accelerator.device)
     plan = BatchPlan(
         pairs=len(pairs),
         batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=accumulation,
         seed=config.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -103,6 +115,8 @@ def prepare(
     output_dir = Path(config.output_dir)
     run = Run(
         config=config,
+        max_length=max_length,
+        learning_rate=learning_rate,
         spec=spec,
         accelerator=accelerator,
         console=console,
@@ -123,11 +137,11 @@ def prepare(
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
     spec = get_loss(config.loss)
     spec.check_options({k: v for k, v in config.loss_arguments.items() if k not in ("loss", "beta")})
-    if not spec.separable and config.gradient_accumulation_steps * world > 1:
+    if not spec.separable and (config.gradient_accumulation_steps or 1) * world > 1:
         raise ValueError(
             f"loss {spec.name!r} compares the pairs of a batch with each other, so micro-batches do not "
             "add up to a batch: set gradient_accumulation_steps=1 and run one process, with a larger batch_size "
-            f"(got {config.gradient_accumulation_steps} and {world})"
+            f"(got {config.gradient_accumulation_steps or 1} and {world})"
         )
     return spec
 
@@ -140,11 +154,33 @@ def _rows(source: str | None, given: Any, name: str, argument: str) -> Rows | No
     return None if source is None else check_rows(load_rows(source, name), name)
 
 
-def _pairs(rows: Rows, tokenizer: Any, config: TrainConfig, name: str, console: Console) -> list[Pair]:
-    found = tokenize_rows(rows, tokenizer, max_length=config.max_length, name=name)
-    for line in found.report(name, config.max_length):
+def _pairs(rows: Rows, tokenizer: Any, max_length: int, name: str, console: Console) -> list[Pair]:
+    found = tokenize_rows(rows, tokenizer, max_length=max_length, name=name)
+    for line in found.report(name, max_length):
         console.say(line)
     return found.pairs
+
+
+def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, console: Console) -> TrainConfig:
+    """The config with what was left open set to what its model bears; a line says so of random weights."""
+    scratch = model is None and config.model is None
+    trial = scratch and config.model_config is None
+    micro_batches = math.ceil(TRIAL_PAIRS / (config.batch_size * world)) if trial and spec.separable else 1
+    defaults = {
+        "learning_rate": (scratch, SCRATCH_LEARNING_RATE if scratch else LEARNING_RATE),
+        "max_length": (trial, TRIAL_MAX_LENGTH if trial else MAX_LENGTH),
+        "gradient_accumulation_steps": (trial, micro_batches),
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    said = [f"{name}={value:g}" for name, (special, value) in missing.items() if special]
+    if said:
+        console.say(
+            f"random weights, so the defaults are {', '.join(said)}; with trained weights they are "
+            f"{LEARNING_RATE:g}, {MAX_LENGTH} and 1"
+            if trial
+            else f"random weights, so the default is {said[0]}; with trained weights it is {LEARNING_RATE:g}"
+        )
+    return dataclasses.replace(config, **{name: value for name, (_, value) in missing.items()})
 
 
 def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
