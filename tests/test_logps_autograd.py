@@ -430,3 +430,17 @@ def test_a_label_out_of_range_on_a_cpu_raises_with_its_place(backend):
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[1, 3] = False
     assert torch.isfinite(fastpref.sequence_logps(logits, labels, mask=mask)).all()
+
+
+def test_one_dynamic_graph_serves_every_length_and_temperature():
+    compiled = torch.compile(
+        lambda x, y, t: fastpref.sequence_logps(x, y, temperature=t), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for length, temperature in ((5, 1.0), (7, 0.7), (9, 1.3)):
+        logits = torch.randn(2, length, 11, generator=torch.Generator().manual_seed(length)).requires_grad_()
+        labels = torch.randint(11, (2, length), generator=torch.Generator().manual_seed(length))
+        traced = compiled(logits, labels, temperature)
+        eager = fastpref.sequence_logps(logits, labels, temperature=temperature)
+        assert torch.equal(traced, eager)
+        traced_grad, eager_grad = (torch.autograd.grad(value.sum(), logits)[0] for value in (traced, eager))
+        assert torch.equal(traced_grad, eager_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
     if given is not None and config.tokenizer is not None:
         raise ValueError("a tokenizer object was given, and config.tokenizer too: give one of the two")
     source = config.tokenizer or config.model
+    for name in ("tokenizer", "model"):
+        _check_folder(name, getattr(config, name))
     if given is None and source is None:
         raise ValueError("a tokenizer is needed: set tokenizer to a folder or hub name, or set model")
     tokenizer = given if given is not None else AutoTokenizer.from_pretrained(source)
@@ -63,6 +66,12 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
         newer = getattr(model, "activation_checkpointing_enable", None)
         (newer or model.gradient_checkpointing_enable)()
     return model
+
+
+def _check_folder(name: str, source: str | None) -> None:
+    """A path that does not exist is no hub name, and the hub's own error would talk about that."""
+    if source is not None and Path(source).expanduser().is_absolute() and not Path(source).exists():
+        raise FileNotFoundError(f"{name}: there is no folder {source!r}")
 
 
 def _model_config(config: TrainConfig, tokenizer: Any, max_length: int, say: Say) -> Any:

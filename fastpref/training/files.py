@@ -40,12 +40,14 @@ def load_rows(source: str, name: str) -> Rows:
 def read_jsonl(path: Path) -> list[Any]:
     """One JSON object a line; empty lines are passed over, a malformed one is named by its number."""
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):

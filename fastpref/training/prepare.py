@@ -85,9 +85,6 @@ def prepare(
     spec = _check_loss(config, accelerator.num_processes)
     torch.manual_seed(config.seed)
 
-    config = _with_defaults(config, spec, model, accelerator.num_processes, console)
-    max_length, learning_rate = cast(int, config.max_length), cast(float, config.learning_rate)
-    accumulation = cast(int, config.gradient_accumulation_steps)
     rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
     if rows is None:
         raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
@@ -95,6 +92,9 @@ def prepare(
     if eval_dataset is not None and config.eval_fraction > 0:
         raise ValueError("give eval_dataset or eval_fraction, not both")
     tokenizer = build_tokenizer(config, tokenizer, conversational=has_messages(rows[0]), say=console.say)
+    config = _with_defaults(config, spec, model, accelerator.num_processes, console)
+    max_length, learning_rate = cast(int, config.max_length), cast(float, config.learning_rate)
+    accumulation = cast(int, config.gradient_accumulation_steps)
     pairs = _pairs(rows, tokenizer, max_length, "dataset", console)
     eval_pairs = [] if eval_rows is None else _pairs(eval_rows, tokenizer, max_length, "eval_dataset", console)
     if config.eval_fraction > 0:
@@ -166,21 +166,21 @@ def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, 
     scratch = model is None and config.model is None
     trial = scratch and config.model_config is None
     micro_batches = math.ceil(TRIAL_PAIRS / (config.batch_size * world)) if trial and spec.separable else 1
-    defaults = {
-        "learning_rate": (scratch, SCRATCH_LEARNING_RATE if scratch else LEARNING_RATE),
-        "max_length": (trial, TRIAL_MAX_LENGTH if trial else MAX_LENGTH),
-        "gradient_accumulation_steps": (trial, micro_batches),
+    trained: dict[str, Any] = {
+        "learning_rate": LEARNING_RATE,
+        "max_length": MAX_LENGTH,
+        "gradient_accumulation_steps": 1,
     }
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    said = [f"{name}={value:g}" for name, (special, value) in missing.items() if special]
-    if said:
-        console.say(
-            f"random weights, so the defaults are {', '.join(said)}; with trained weights they are "
-            f"{LEARNING_RATE:g}, {MAX_LENGTH} and 1"
-            if trial
-            else f"random weights, so the default is {said[0]}; with trained weights it is {LEARNING_RATE:g}"
-        )
-    return dataclasses.replace(config, **{name: value for name, (_, value) in missing.items()})
+    here = dict(trained)
+    if scratch:
+        here["learning_rate"] = SCRATCH_LEARNING_RATE
+    if trial:
+        here |= {"max_length": TRIAL_MAX_LENGTH, "gradient_accumulation_steps": micro_batches}
+    missing = {name: value for name, value in here.items() if getattr(config, name) is None}
+    other = [f"{name}={value:g} (not {trained[name]:g})" for name, value in missing.items() if value != trained[name]]
+    if other:
+        console.say(f"random weights, so other defaults than for trained ones: {', '.join(other)}")
+    return dataclasses.replace(config, **missing)
 
 
 def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -17,7 +17,9 @@ from fastpref.losses import LOSSES, get_loss
 from fastpref.training import TrainConfig, loop, plots, train
 from fastpref.training.advice import falling_chosen_reward
 from fastpref.training.collate import collate
+from fastpref.training.console import Console
 from fastpref.training.data import tokenize_rows
+from fastpref.training.prepare import _with_defaults
 
 Make = Callable[..., Any]
 TRAIN_NAMES = {
@@ -335,6 +337,32 @@ def test_advice_comes_when_the_chosen_reward_falls_with_the_loss(
     assert (line is None) == (advised is None)
     if advised is not None and line is not None:
         assert all(word in line for word in (advised, "margin_clip", "beta", "learning_rate"))
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "expected"),
+    [
+        ({}, "dpo", (3e-4, 256, 4)),
+        ({"batch_size": 5}, "dpo", (3e-4, 256, 4)),
+        ({}, "aot", (3e-4, 256, 1)),
+        ({"learning_rate": 1e-5, "max_length": 99, "gradient_accumulation_steps": 2}, "dpo", (1e-5, 99, 2)),
+        ({"model_config": {"model_type": "gpt2"}}, "dpo", (3e-4, 1024, 1)),
+        ({"model": "a/folder"}, "dpo", (1e-6, 1024, 1)),
+    ],
+)
+def test_what_is_left_open_follows_from_the_model_and_is_said(
+    given: dict[str, Any], loss: str, expected: tuple[float, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(main=True, progress=False)
+    config = _with_defaults(TrainConfig(loss=loss, **given), get_loss(loss), None, 1, console)
+    assert (config.learning_rate, config.max_length, config.gradient_accumulation_steps) == expected
+    assert ("random weights, so other defaults" in capsys.readouterr().err) == (expected[0] == 3e-4)
+
+
+def test_a_model_given_as_an_object_has_the_defaults_of_trained_weights(make_model: Make) -> None:
+    console = Console(main=True, progress=False)
+    config = _with_defaults(TrainConfig(), get_loss("dpo"), make_model(), 1, console)
+    assert (config.learning_rate, config.max_length, config.gradient_accumulation_steps) == (1e-6, 1024, 1)
 
 
 def test_advice_is_printed_once(
