@@ -53,13 +53,12 @@ def train(
     """Train a causal language model on preference pairs.
 
     Args:
-        config: the options of the run. model: a transformers causal LM, trained in place, instead of
-        `config.model` or `config.model_config`. tokenizer: a transformers tokenizer, instead of
-        `config.tokenizer`. train_dataset, eval_dataset: lists of dicts or `datasets.Dataset`s with prompt,
-        chosen and rejected (strings, or
-            message lists; the prompt may be implicit), instead of `config.dataset` and `config.eval_dataset`.
-            The reference's log-probs are taken from the columns ref_chosen_logps and ref_rejected_logps where
-            they exist.
+        config: the options of the run.
+        model: a transformers causal LM, trained in place, instead of `config.model` or `config.model_config`.
+        tokenizer: a transformers tokenizer, instead of `config.tokenizer`.
+        train_dataset, eval_dataset: lists of dicts or `datasets.Dataset`s with prompt, chosen and rejected (strings,
+            or message lists; the prompt may be implicit), instead of `config.dataset` and `config.eval_dataset`. The
+            reference's log-probs are taken from the columns ref_chosen_logps and ref_rejected_logps where they exist.
 
     The run folder holds metrics.jsonl, curves.png, TensorBoard events, samples.jsonl, the checkpoints and, at
     the end, the trained model in `model`.
