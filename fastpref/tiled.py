@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A thread's share of a tile, in elements: 2 MiB of float32. On 2 cores, V = 151936 and 512 scored rows, forward and
-# backward took 0.275 s with 2 rows a tile, 0.205 with 4, 0.209 with 6 and 0.198 with 8 (medians of interleaved repeats).
+# A thread's share of a tile, in elements: 2 MiB of float32. With V = 151936 and 512 scored rows, forward and backward
+# took 2 cores 0.275 s with 2 rows a tile, 0.205 with 4, 0.209 with 6, 0.198 with 8 (medians of interleaved repeats).
 TILE_ELEMENTS_PER_THREAD = 2**19
 # More rows than this gain little, and a short batch would pay for the whole tile.
 MAX_TILE_ROWS = 64
