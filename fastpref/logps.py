@@ -91,7 +91,7 @@ def sequence_logps(
         logits, labels: (B, T, V) and (B, T); or packed, (N_total, V) and (N_total,) with `cu_seqlens`.
         reduction: "sum" (DPO's own, Rafailov et al. 2023, eq. 7) or "mean" over scored tokens, never over padding.
         cu_seqlens: (B + 1,) int32 or int64 on the device of the logits: sequence i is rows `cu_seqlens[i]` to
-            `cu_seqlens[i + 1]` of packed input.
+            `cu_seqlens[i + 1]` of packed input. Checked on a CPU; on a GPU an offset outside the input gives NaN.
         on_empty: a sequence with nothing to score has value 0 and gradient 0 ("zero"), or raises ("raise", which makes
             the host wait for the GPU, and cannot be traced by torch.compile).
         return_lengths: also return how many tokens were scored.

@@ -47,10 +47,14 @@ def sequence_reduce_kernel(
         row = 0
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
         stop = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        # The host does not look at offsets on a GPU: wrong ones must neither read elsewhere nor pass for right.
+        wrong = (start < 0) | (stop < start) | (stop > T)
+        stop = tl.where(wrong, start, stop)
     else:
         row = sequence
         start = 0
         stop = T
+        wrong = False
     sums = tl.zeros([BLOCK], tl.float64)
     counts = tl.zeros([BLOCK], tl.int32)
     # The first label of a sequence is predicted by nothing if labels are shifted.
@@ -68,7 +72,7 @@ def sequence_reduce_kernel(
     count = tl.sum(counts, axis=0)
     if MEAN:
         total = total / tl.maximum(count, 1).to(tl.float64)
-    tl.store(values + sequence, total.to(tl.float32))
+    tl.store(values + sequence, tl.where(wrong, float("nan"), total.to(tl.float32)))
     tl.store(lengths + sequence, count.to(tl.int64))
 
 

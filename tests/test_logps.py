@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -223,3 +225,14 @@ def test_equal_policy_and_reference_differ_by_exactly_zero(backend, device):
     with torch.no_grad():
         reference_ = fastpref.sequence_logps(logits, labels)
     assert torch.equal(policy.detach(), reference_)
+
+
+@pytest.mark.parametrize("offsets", [[0, 4, 11], [0, 7, 4], [-2, 4, 10]])
+def test_offsets_that_a_gpu_does_not_check_give_nan_and_read_nothing_else(offsets, device):
+    kernels = pytest.importorskip("fastpref.kernels.sequence", reason="Triton is not installed")
+    logps = torch.arange(1.0, 11.0, device=device).unsqueeze(0)
+    labels = torch.zeros(1, 10, dtype=torch.long, device=device)
+    cu_seqlens = torch.tensor(offsets, device=device)
+    values, _ = kernels.sequence_reduce(logps, labels, None, cu_seqlens, shift=0, ignore_index=-100, mean=False)
+    expected = [sum(range(a + 1, b + 1)) if 0 <= a <= b <= 10 else float("nan") for a, b in itertools.pairwise(offsets)]
+    torch.testing.assert_close(values.cpu(), torch.tensor(expected, dtype=torch.float32), equal_nan=True)
