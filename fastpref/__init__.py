@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastpref import reference
+from fastpref.linear import (
+    LinearPreferenceOutput,
+    linear_preference_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+)
 from fastpref.logps import sequence_logps, token_logps
 from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
 
@@ -15,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LOSSES",
+    "LinearPreferenceOutput",
     "LossSpec",
     "PreferenceOutput",
     "TrainConfig",
@@ -22,6 +29,9 @@ __all__ = [
     "dpo_loss",
     "dpop_loss",
     "get_loss",
+    "linear_preference_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "preference_loss",
     "reference",
     "sequence_logps",

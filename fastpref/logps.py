@@ -1,16 +1,15 @@
 """Log-probs of labels from logits, without the (B, T, V) log-softmax: `token_logps` and `sequence_logps`.
 
-This file checks arguments and brings padded and packed input to one form; ops.py holds the operators.
+inputs.py checks arguments and brings padded and packed input to one form; ops.py holds the operators.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastpref.backend import validate_labels
-from fastpref.checks import check_bool, check_choice, check_number, check_tensor, describe
+from fastpref.checks import check_bool, check_choice, describe
+from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_empty
 from fastpref.ops import sequence_reduce_op, token_logps_op
 
 
@@ -60,8 +59,11 @@ def token_logps(
             `FASTPREF_VALIDATE=1`.
         RuntimeError: second derivatives and forward-mode differentiation, in backward and forward respectively.
     """
-    options = _check_options(temperature, logit_scale, softcap, ignore_index, shift, inplace_backward)
-    rows, flat_labels, flat_mask = _check_tensors(logits, labels, mask, cu_seqlens, shift, inplace_backward)
+    check_bool("inplace_backward", inplace_backward)
+    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+    check_batch("logits", "V", logits, labels, mask, cu_seqlens, shift)
+    _check_logits(logits, inplace_backward)
+    rows, flat_labels, flat_mask = as_batch(logits, labels, mask, cu_seqlens, shift)
     return _token_logps(rows, flat_labels, flat_mask, shift, ignore_index, options, inplace_backward).view(labels.shape)
 
 
@@ -106,23 +108,18 @@ def sequence_logps(
     check_choice("reduction", reduction, ("sum", "mean"))
     check_choice("on_empty", on_empty, ("zero", "raise"))
     check_bool("return_lengths", return_lengths)
-    options = _check_options(temperature, logit_scale, softcap, ignore_index, shift, inplace_backward)
-    rows, flat_labels, flat_mask = _check_tensors(logits, labels, mask, cu_seqlens, shift, inplace_backward)
-    if logits.dim() == 2 and cu_seqlens is None:
-        raise ValueError(
-            f"packed logits of shape {tuple(logits.shape)} need cu_seqlens to say where sequences begin; for one "
-            "sequence pass logits[None], labels[None]"
-        )
+    check_bool("inplace_backward", inplace_backward)
+    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+    check_batch("logits", "V", logits, labels, mask, cu_seqlens, shift)
+    _check_logits(logits, inplace_backward)
+    rows, flat_labels, flat_mask = as_batch(logits, labels, mask, cu_seqlens, shift)
+    check_reduction_input("logits", logits, cu_seqlens)
     tokens = _token_logps(rows, flat_labels, flat_mask, shift, ignore_index, options, inplace_backward)
     values, lengths = sequence_reduce_op(
         tokens, flat_labels, flat_mask, cu_seqlens, int(shift), ignore_index, reduction == "mean"
     )
-    if on_empty == "raise" and (lengths == 0).any():
-        empty = (lengths == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"sequences {empty[:10]} of {len(lengths)} have no scored token (on_empty='raise'): drop them, check the "
-            "mask and truncation, or take on_empty='zero'"
-        )
+    if on_empty == "raise":
+        refuse_empty(lengths)
     return (values, lengths) if return_lengths else values
 
 
@@ -145,41 +142,7 @@ def _token_logps(
     return logps.float()
 
 
-def _check_options(
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    shift: bool,
-    inplace_backward: bool,
-) -> list[float]:
-    """temperature, logit_scale and softcap as floats, 0 for no softcap."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {describe(ignore_index)}")
-    check_bool("shift", shift)
-    check_bool("inplace_backward", inplace_backward)
-    return [
-        check_number("temperature", temperature, minimum=0, open_minimum=True),
-        check_number("logit_scale", logit_scale, minimum=0, open_minimum=True),
-        0.0 if softcap is None else check_number("softcap", softcap, minimum=0, open_minimum=True),
-    ]
-
-
-def _check_tensors(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits (B, T, V), labels (B, T) and a boolean mask or None; packed input is one row, masked at its borders."""
-    check_tensor("logits", logits, floating=True)
-    check_tensor("labels", labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {describe(labels)}")
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must be (B, T, V), or (N_total, V) with cu_seqlens; got {describe(logits)}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have the shape {tuple(logits.shape[:-1])} of the logits without their last dimension, got "
-            f"{describe(labels)}; with shift=True pass both unshifted"
-        )
+def _check_logits(logits: Tensor, inplace_backward: bool) -> None:
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least one entry, got {describe(logits)}")
     if logits.shape[-1] > 1 and logits.numel() and logits.stride(-1) != 1:
@@ -187,77 +150,9 @@ def _check_tensors(
             f"logits must have stride 1 in their last dimension, got strides {logits.stride()}; pass "
             "logits.contiguous(), or avoid the transpose that made them"
         )
-    if inplace and logits.numel() and 0 in _strides_that_move(logits):
+    moving = [stride for size, stride in zip(logits.shape, logits.stride(), strict=True) if size > 1]
+    if inplace_backward and logits.numel() and 0 in moving:
         raise ValueError(
             f"inplace_backward=True needs logits whose elements do not share memory, got strides {logits.stride()} "
             "(an expanded tensor); use inplace_backward=False"
-        )
-    if mask is not None:
-        check_tensor("mask", mask)
-        if mask.shape != labels.shape:
-            raise ValueError(f"mask must have the shape {tuple(labels.shape)} of labels, got {describe(mask)}")
-    _check_cu_seqlens(logits, cu_seqlens, shift)
-    for name, value in (("labels", labels), ("mask", mask), ("cu_seqlens", cu_seqlens)):
-        if value is not None and value.device != logits.device:
-            raise ValueError(f"{name} is on {value.device}, logits are on {logits.device}; move one of them")
-    _refuse_forward_mode(logits)
-
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask != 0
-    if logits.dim() == 2:
-        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-        mask = None if mask is None else mask.unsqueeze(0)
-        if shift and cu_seqlens is not None:
-            mask = _mask_sequence_starts(labels, mask, cu_seqlens)
-    return logits, labels, mask
-
-
-def _strides_that_move(x: Tensor) -> list[int]:
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-
-
-def _check_cu_seqlens(logits: Tensor, cu_seqlens: Tensor | None, shift: bool) -> None:
-    if cu_seqlens is None:
-        if logits.dim() == 2 and shift:
-            raise ValueError(
-                f"packed logits of shape {tuple(logits.shape)} with shift=True need cu_seqlens, or labels would be "
-                "scored across sequence boundaries; pass cu_seqlens, or aligned labels with shift=False"
-            )
-        return
-    check_tensor("cu_seqlens", cu_seqlens)
-    if logits.dim() == 3:
-        raise ValueError(
-            f"cu_seqlens goes with packed logits (N_total, V), got logits of shape {tuple(logits.shape)}; drop it, or "
-            "pack the batch"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be (B + 1,), got {describe(cu_seqlens)}")
-    # Reading the values makes a GPU wait, and cannot be traced.
-    if torch.compiler.is_compiling() or not (cu_seqlens.device.type == "cpu" or validate_labels()):
-        return
-    total = logits.shape[0]
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
-        raise ValueError(
-            f"cu_seqlens must begin with 0, never decrease and end with N_total = {total}, got "
-            f"{cu_seqlens.tolist()[:20]}"
-        )
-
-
-def _mask_sequence_starts(labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:  # (1, N_total)
-    """The mask without each sequence's first label, which no position of its own sequence predicts."""
-    total = labels.shape[1]
-    # One place more than positions: an empty last sequence starts at N_total.
-    keep = torch.ones(total + 1, dtype=torch.bool, device=labels.device)
-    keep = keep.index_fill(0, cu_seqlens[:-1].long(), False)[:total].unsqueeze(0)
-    return keep if mask is None else keep & mask
-
-
-def _refuse_forward_mode(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(logits).tangent is not None:
-        raise RuntimeError(
-            "fastpref's log-probs have no forward-mode derivative; use reverse mode, or fastpref.reference.token_logps"
         )

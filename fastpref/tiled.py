@@ -32,6 +32,10 @@ class Transform:
     logit_scale: float = 1.0
     softcap: float = 0.0
 
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self.temperature, self.logit_scale, self.softcap
+
     def apply_(self, x: Tensor, tanh_out: Tensor | None = None) -> Tensor:
         """Turns x into z in its own memory; `tanh_out` receives the tanh that `chain_` needs.
 
@@ -165,7 +169,7 @@ def token_logps_backward(
 ) -> Tensor:  # (B, T, V)
     """g·(onehot − p) through the transform; into the logits' own memory if `inplace`."""
     vocab = logits.shape[2]
-    out = logits if inplace else _zeros(logits)
+    out = logits if inplace else zeros_untouched(logits)
     scored = scored_labels(labels, mask, ignore_index, shift)
     if inplace:
         _zero_other_rows(out, scored)
@@ -196,7 +200,7 @@ def token_logps_backward(
     return out
 
 
-def _zeros(like: Tensor) -> Tensor:
+def zeros_untouched(like: Tensor) -> Tensor:
     """Zeros of the shape of `like`, contiguous.
 
     On a CPU they come from NumPy, which takes them from the system as untouched zero pages (large ones where there are

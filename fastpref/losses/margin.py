@@ -140,3 +140,8 @@ def margin_coefficients(
         slope = torch.where(u.abs() > form.clip, 0.0, slope)
     d_chosen = torch.where(c < 0, 1 + form.lam, 1.0) * slope if form.lam else slope.clone()
     return _value(inside, form), penalty, d_chosen, -slope
+
+
+def rejected_per_chosen(c: Tensor, form: MarginForm) -> Tensor:
+    """(df/dπ_l) / (df/dπ_w) as `margin_coefficients` has them: it depends on c = π_w − ref_w and nothing else."""
+    return -1.0 / torch.where(c < 0, 1 + form.lam, 1.0).to(c.dtype)

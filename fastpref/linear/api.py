@@ -1,0 +1,188 @@
+"""linear_token_logps and linear_sequence_logps: checks, then the autograd function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref.checks import check_bool, check_choice, check_tensor, describe
+from fastpref.inputs import (
+    as_batch,
+    check_batch,
+    check_options,
+    check_reduction_input,
+    refuse_empty,
+    refuse_forward_mode,
+)
+from fastpref.linear.compiled import linear_token_logps_op
+from fastpref.linear.plan import parse_budget
+from fastpref.linear.tokens import LinearTokenLogps, Request
+from fastpref.ops import sequence_reduce_op
+from fastpref.tiled import Transform
+
+
+def linear_token_logps(
+    hidden: Tensor,  # (B, T, H), or (N_total, H) packed
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, T), or (N_total,) packed
+    *,
+    bias: Tensor | None = None,  # (V,)
+    memory_budget: int | str | None = None,
+    mask: Tensor | None = None,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # the shape of labels, float32
+    """`token_logps` of the logits `hidden @ weight.T + bias`, which never exist beyond a tile.
+
+    .. warning:: **shift.** With `shift=True` (the default) position t of `hidden` predicts `labels[:, t + 1]`; pass
+       `shift=False` for labels that are aligned already. See `fastpref.token_logps`, which also explains `mask`,
+       `cu_seqlens`, `ignore_index`, `temperature`, `logit_scale` and `softcap`.
+
+    Only scored rows reach a matrix product. One product gives the values; the gradients take one more with a frozen
+    head (2·N·H·V operations each), two more with a trainable one while a row's softmax fits the budget, and up to one
+    more where it does not. Exact for any upstream gradient. Under autocast, operands are rounded as `F.linear`'s are,
+    a slice at a time.
+
+    Args:
+        hidden: (B, T, H) or packed (N_total, H): what the model hands to its head; any float dtype, any strides.
+        weight: (V, H), the head's, of the same dtype (under autocast, any).
+        labels: (B, T) or (N_total,) integers in [0, V), or `ignore_index`.
+        bias: (V,), the head's.
+        memory_budget: bytes, or text like "512MiB": what forward and backward may take beyond inputs, outputs and
+            gradients; 1 GiB by default. ValueError, naming the least, where one tile does not fit. On a CPU libraries
+            may hold a few MiB of their own besides.
+
+    Returns:
+        float32, the shape of `labels`, each label's value where the label stands; 0 where it is not scored. Rows that
+        are not scored are not read. Deterministic; rows beside it may change a value's rounding, not more.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, options or a budget that do not fit; a sharded or empty weight.
+            A scored label outside [0, V) raises on a CPU; on a GPU it gives NaN, or raises with `FASTPREF_VALIDATE=1`.
+        RuntimeError: second derivatives, and forward-mode differentiation.
+    """
+    request = _check(
+        hidden, weight, labels, bias, memory_budget, mask, shift, cu_seqlens,
+        ignore_index, temperature, logit_scale, softcap,
+    )  # fmt: skip
+    rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
+    return _tokens(rows, weight, bias, row_labels, row_mask, request).view(labels.shape)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,  # (B, T, H), or (N_total, H) packed
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, T), or (N_total,) packed
+    *,
+    bias: Tensor | None = None,  # (V,)
+    memory_budget: int | str | None = None,
+    reduction: str = "sum",
+    cu_seqlens: Tensor | None = None,
+    on_empty: str = "zero",
+    return_lengths: bool = False,
+    mask: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # (B,) float32, and with return_lengths (B,) int64
+    """`sequence_logps` of the logits `hidden @ weight.T + bias`, which never exist beyond a tile.
+
+    See `linear_token_logps` for hidden, weight, bias and memory_budget, and `sequence_logps` for the rest, the warning
+    about `shift` included. Where the loss is known too, `linear_preference_loss` needs fewer products or less memory.
+    """
+    check_choice("reduction", reduction, ("sum", "mean"))
+    check_choice("on_empty", on_empty, ("zero", "raise"))
+    check_bool("return_lengths", return_lengths)
+    request = _check(
+        hidden, weight, labels, bias, memory_budget, mask, shift, cu_seqlens,
+        ignore_index, temperature, logit_scale, softcap,
+    )  # fmt: skip
+    check_reduction_input("hidden states", hidden, cu_seqlens)
+    rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
+    tokens = _tokens(rows, weight, bias, row_labels, row_mask, request)
+    values, lengths = sequence_reduce_op(
+        tokens, row_labels, row_mask, cu_seqlens, int(shift), ignore_index, reduction == "mean"
+    )
+    if on_empty == "raise":
+        refuse_empty(lengths)
+    return (values, lengths) if return_lengths else values
+
+
+def _tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, request: Request
+) -> Tensor:  # (B, T) float32
+    if torch.compiler.is_compiling():
+        # Shapes must be known without looking at labels, so nothing is kept: one product more than eager at its best.
+        options = (request.shift, request.ignore_index, list(request.transform.values), request.operand, request.budget)
+        return linear_token_logps_op(hidden, weight, bias, labels, mask, *options)[0].float()
+    return LinearTokenLogps.apply(hidden, weight, bias, labels, mask, request).float()
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    memory_budget: int | str | None,
+    mask: Tensor | None,
+    shift: bool,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Request:
+    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+    check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
+    operand = check_head(hidden, weight, bias)
+    refuse_forward_mode(weight, bias)
+    return Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Checks the head against hidden states; the dtype in which products are meant."""
+    check_tensor("weight", weight, floating=True)
+    if hasattr(weight, "full_tensor") or hasattr(hidden, "full_tensor"):
+        name = "weight" if hasattr(weight, "full_tensor") else "hidden"
+        raise ValueError(
+            f"{name} is a DTensor, of which each rank holds a part: pass {name}.full_tensor(), which gathers it "
+            "and shards its gradient again, or call inside the sharded module's own forward, where it is whole"
+        )
+    if weight.dim() != 2 or weight.numel() == 0:
+        hint = (
+            "; DeepSpeed ZeRO-3 and FSDP leave such a tensor outside of a module's forward: gather it for the whole of "
+            "forward and backward (deepspeed.zero.GatheredParameters, FSDP.summon_full_params or unshard())"
+            if weight.numel() == 0 or weight.dim() == 1
+            else ""
+        )
+        raise ValueError(f"weight must be (V, H) with at least one entry, got {describe(weight)}{hint}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, H) with the H = {hidden.shape[-1]} of the hidden states, got {describe(weight)}"
+            + ("; it looks transposed" if weight.shape[0] == hidden.shape[-1] else "")
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, hidden states are on {hidden.device}; move one of them")
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype)
+    if bias is not None:
+        check_tensor("bias", bias, floating=True)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {describe(bias)}")
+        if bias.device != hidden.device:
+            raise ValueError(f"bias is on {bias.device}, hidden states are on {hidden.device}; move one of them")
+    if autocast:
+        return torch.get_autocast_dtype(device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of the hidden states, {str(hidden.dtype).removeprefix('torch.')}, got "
+                f"{describe(tensor)}; convert one of them, or use torch.autocast"
+            )
+    return hidden.dtype

@@ -1,0 +1,284 @@
+"""linear_preference_loss: from hidden states to the loss and its gradients, the head's included, in one call.
+
+The reference is known, so the coefficients of a pair's log-probs are known as soon as these are: gradients are formed
+in the forward, while tiles are at hand, and the backward hands them over. Losses of one argument can also stream
+(streaming.py). The mathematics of a loss stands in fastpref.losses alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastpref.checks import check_choice, check_number, check_tensor, describe
+from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_forward_mode
+from fastpref.linear.api import check_head, linear_sequence_logps
+from fastpref.linear.plan import parse_budget, plan_preference
+from fastpref.linear.products import precision
+from fastpref.linear.rows import find_rows
+from fastpref.linear.streaming import stream
+from fastpref.linear.sweeps import Kept, fold_sweep
+from fastpref.linear.tokens import Request, gradients, head_of, problem_of
+from fastpref.losses import LossSpec, PreferenceOutput, get_loss, preference_loss
+from fastpref.ops import sequence_reduce_op
+from fastpref.tiled import Transform, zeros_untouched
+
+LossFunction = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+
+
+class LinearPreferenceOutput(NamedTuple):
+    """What `preference_loss` gives back, and the log-probs. Only `loss` has a gradient.
+
+    A backward through `losses` raises. The rest is detached: metrics. A loss with further terms is a callable.
+    """
+
+    loss: Tensor  # (), the mean of losses
+    losses: Tensor  # (P,), or () for a callable that returns a scalar
+    chosen_rewards: Tensor  # (P,), β·(policy − reference)
+    rejected_rewards: Tensor  # (P,)
+    penalty: Tensor | None  # (P,), what the loss adds
+    chosen_logps: Tensor  # (P,)
+    rejected_logps: Tensor  # (P,)
+
+
+def linear_preference_loss(
+    hidden: Tensor,  # (2P, T, H), or (N_total, H) packed
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (2P, T), or (N_total,) packed
+    ref_logps: Tensor | None = None,  # (2P,)
+    *,
+    loss: str | LossFunction = "sigmoid",
+    beta: float = 0.1,
+    bias: Tensor | None = None,  # (V,)
+    memory_budget: int | str | None = None,
+    reduction: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    **loss_options: Any,
+) -> LinearPreferenceOutput:
+    """The preference loss of P pairs straight from hidden states: `preference_loss` of `linear_sequence_logps`.
+
+    The first P sequences are the chosen responses, the last P the rejected ones. The gradients of hidden states, head
+    and bias are formed in the forward: three products of 2·N·H·V operations where the tiles fit the budget, and for
+    a loss of one argument (sigmoid, cdpo, robust, hinge, ipo, dpop, sigmoid_norm) at any length, where the budget holds
+    a float32 copy of the head (two for more than one pair); else up to four. A frozen head takes two.
+
+    .. warning:: `shift=True` (the default) takes labels as a causal LM gets them; see `fastpref.token_logps`.
+
+    Args:
+        hidden, weight, labels, bias, memory_budget and the rest: as `linear_sequence_logps`.
+        ref_logps: (2P,), the reference's sequence log-probs under the same reduction; None for a loss without one.
+        loss: a loss by name (`fastpref.LOSSES`), with its options as keywords; or a callable
+            `loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)` on (P,) tensors that returns (P,) losses or
+            a scalar, differentiable by autograd. It sees the log-probs of all pairs at once, and any further term that
+            is to have a gradient belongs into it.
+        reduction: "sum" or "mean" over scored tokens; by default what the loss's paper means, "sum" for a callable.
+
+    Returns:
+        LinearPreferenceOutput. Only `loss` can be differentiated, once: the backward hands the gradients over, scaled
+        by what arrives. A backward through `losses` raises instead of dropping gradients.
+
+    Raises:
+        As `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of sequences.
+    """
+    chosen_loss = _check_loss(loss, beta, loss_options)
+    reduction = check_choice("reduction", reduction or chosen_loss.reduction, ("sum", "mean"))
+    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+    check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
+    operand = check_head(hidden, weight, bias)
+    refuse_forward_mode(weight, bias)
+    check_reduction_input("hidden states", hidden, cu_seqlens)
+    _check_pairs(hidden, cu_seqlens, ref_logps)
+    if torch.compiler.is_compiling():
+        values = linear_sequence_logps(
+            hidden, weight, labels, bias=bias, memory_budget=memory_budget, reduction=reduction, cu_seqlens=cu_seqlens,
+            mask=mask, shift=shift, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap,
+        )  # fmt: skip
+        logps = cast(Tensor, values)
+        out = chosen_loss(logps, ref_logps)
+        return LinearPreferenceOutput(*out, *logps.detach().chunk(2))
+    request = Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
+    rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
+    found = _LinearPreference.apply(
+        rows, weight, bias, row_labels, row_mask, cu_seqlens, ref_logps, request, chosen_loss, reduction
+    )
+    return LinearPreferenceOutput(*found)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A loss by name or a user's own, called with the log-probs of all sequences."""
+
+    spec: LossSpec | None
+    function: LossFunction | None
+    beta: float
+    options: dict[str, Any]
+
+    @property
+    def reduction(self) -> str:
+        return "sum" if self.spec is None else self.spec.reduction
+
+    def __call__(self, logps: Tensor, ref_logps: Tensor | None) -> PreferenceOutput:
+        chosen, rejected = logps.chunk(2)
+        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
+        if self.spec is not None:
+            named: dict[str, Any] = {"loss": self.spec.name, "beta": self.beta, **self.options}
+            return preference_loss(chosen, rejected, ref_chosen, ref_rejected, **named)
+        assert self.function is not None
+        losses = self.function(chosen, rejected, ref_chosen, ref_rejected)
+        if not isinstance(losses, Tensor) or losses.shape not in (chosen.shape, torch.Size()):
+            raise ValueError(
+                f"a callable loss must return {tuple(chosen.shape)} losses or a scalar tensor, got {describe(losses)}"
+            )
+        rewards = [
+            self.beta * (policy.detach() if ref is None else policy.detach() - ref)
+            for policy, ref in ((chosen, ref_chosen), (rejected, ref_rejected))
+        ]
+        return PreferenceOutput(losses.mean(), losses, *rewards)
+
+
+def _check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) -> _Loss:
+    beta = check_number("beta", beta, minimum=0.0, open_minimum=True)
+    if callable(loss):
+        if options:
+            raise TypeError(
+                f"a callable loss takes no options here, got {', '.join(map(repr, options))}: bind them, for instance "
+                "with functools.partial"
+            )
+        return _Loss(None, loss, beta, {})
+    spec = get_loss(loss)
+    return _Loss(spec, None, beta, spec.check_options(options))
+
+
+def _check_pairs(hidden: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None) -> None:
+    count = hidden.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if count == 0 or count % 2:
+        raise ValueError(
+            f"a batch of pairs holds all chosen sequences and then all rejected ones, an even number; got {count}"
+        )
+    if ref_logps is None:
+        return
+    check_tensor("ref_logps", ref_logps, floating=True)
+    if ref_logps.shape != (count,) or ref_logps.device != hidden.device:
+        raise ValueError(
+            f"ref_logps must be one log-prob a sequence, shape ({count},) on {hidden.device}, chosen first; got "
+            f"{describe(ref_logps)}"
+        )
+    if ref_logps.requires_grad:
+        raise ValueError("ref_logps requires a gradient, but the reference is a constant: pass ref_logps.detach()")
+
+
+class _LinearPreference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (B, T, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,
+        labels: Tensor,  # (B, T)
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ref_logps: Tensor | None,  # (2P,)
+        request: Request,
+        loss: _Loss,
+        reduction: str,
+    ) -> tuple[Tensor | None, ...]:
+        dh, dw, db = want = ctx.needs_input_grad[:3]
+        rows = find_rows(labels, mask, request.shift, request.ignore_index, weight.shape[0], cu_seqlens)
+        pairs = len(rows.counts) // 2
+        margin = loss.spec.margin if loss.spec is not None else None
+        largest = max((a + b for a, b in zip(rows.counts[:pairs], rows.counts[pairs:], strict=True)), default=0)
+        problem = problem_of(
+            hidden, weight, rows, request, dh=dh, dw=dw or db,
+            largest_pair=largest if margin is not None else 0, pairs=pairs,
+        )  # fmt: skip
+        head = head_of(weight, bias, request)
+        plan = plan_preference(problem, head.machine, request.budget, force=request.plan)
+        if request.on_plan is not None:
+            request.on_plan(plan)
+        mean = reduction == "mean"
+        with torch.autocast(hidden.device.type, enabled=False), precision(request.operand, hidden.device):
+            if plan.name == "stream":
+                assert margin is not None
+                form = margin(loss.beta, **loss.options)
+                logps, found = stream(
+                    hidden, rows, head, plan, form, lambda some, ref: _coefficients(loss, some, ref)[1], ref_logps,
+                    mean=mean, want=want,
+                )  # fmt: skip
+                output = loss(logps, ref_logps)
+            else:
+                kept = Kept.empty(len(rows), head, plan) if any(want) else None
+                unscaled = None
+                if plan.dh_in_forward:
+                    unscaled = torch.empty(len(rows), hidden.shape[-1], dtype=head.wide, device=hidden.device)
+                done, target = fold_sweep(hidden, rows, head, plan, kept=kept, dh=unscaled)
+                tokens = torch.zeros(labels.numel(), dtype=head.wide, device=hidden.device)
+                tokens[rows.places] = done.logps
+                logps, _ = sequence_reduce_op(
+                    tokens.view(labels.shape), labels, mask, cu_seqlens, request.shift, request.ignore_index, mean
+                )
+                found = (None, None, None)
+                if any(want):
+                    output, slopes = _coefficients(loss, logps, ref_logps)
+                    upstream = rows.spread(slopes, mean=mean).to(head.wide)
+                    if unscaled is not None:
+                        dh_full = rows.scatter(unscaled.mul_(upstream.unsqueeze(1)), zeros_untouched(hidden))
+                        found = (dh_full, None, None)
+                    else:
+                        found = gradients(hidden, rows, head, plan, done, target, upstream, kept=kept, want=want)
+                else:
+                    output = loss(logps, ref_logps)
+        ctx.gradients, ctx.wanted = found, any(want)
+        ctx.set_materialize_grads(False)
+        metrics = [output.chosen_rewards, output.rejected_rewards, output.penalty, *logps.chunk(2)]
+        metrics = [x if x is None else x.detach().clone() for x in metrics]
+        ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
+        return output.loss.detach(), output.losses.detach().clone(), *metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_losses is not None:
+            raise RuntimeError(
+                "a backward through `losses` of linear_preference_loss: the gradients of `loss` are all it has. "
+                "Differentiate `loss`, or pass what you make of the losses as a callable, loss=function"
+            )
+        if grad is None:
+            return (None,) * 10
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a second backward through linear_preference_loss: the first one has handed its gradients over; call "
+                "the function again, or use linear_sequence_logps with preference_loss"
+            )
+        found, ctx.gradients = ctx.gradients, None
+        # On a GPU to look at the value would be to wait for it.
+        if grad.device.type != "cpu" or grad.item() != 1.0:
+            for gradient in found:
+                if gradient is not None:
+                    gradient.mul_(grad)
+        return (*found, *[None] * 7)
+
+
+def _coefficients(
+    loss: _Loss,
+    logps: Tensor,  # (2P,)
+    ref_logps: Tensor | None,
+) -> tuple[PreferenceOutput, Tensor]:
+    """The loss, and the derivatives (2P,) of its mean by each sequence's log-prob, by autograd on 2P numbers."""
+    with torch.enable_grad():
+        policy = logps.detach().requires_grad_()
+        output = loss(policy, ref_logps)
+        if not output.loss.requires_grad:
+            raise ValueError("the loss does not depend on the policy's log-probs: a callable must not detach them")
+        (slopes,) = torch.autograd.grad(output.loss, policy)
+    return output, slopes
