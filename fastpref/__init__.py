@@ -13,6 +13,7 @@ from fastpref.linear import (
 )
 from fastpref.logps import sequence_logps, token_logps
 from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
+from fastpref.models import model_logps
 
 if TYPE_CHECKING:
     from fastpref.training import TrainConfig, TrainResult, train
@@ -32,6 +33,7 @@ __all__ = [
     "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "model_logps",
     "preference_loss",
     "reference",
     "sequence_logps",

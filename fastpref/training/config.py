@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpref.checks import check_bool, check_choice, check_number, describe
+from fastpref.linear.plan import parse_budget
 
 PRECISIONS = ("fp32", "bf16")
+LOGPS = ("linear", "logits")
 # Those of transformers.get_scheduler that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = (
     "constant",
@@ -95,6 +97,14 @@ class TrainConfig:
     epochs: float = _option(1.0, "Passes over the data; --max_steps overrides it.")
     max_steps: int | None = _option(None, "Optimiser steps; the data repeats as often as that takes.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "bf16: autocast, with float32 weights and losses.")
+    logps: Literal["linear", "logits"] = _option(
+        "linear",
+        "Where log-probs come from: the head's input and weight, so that no logits exist, or the model's logits. The "
+        "same numbers up to rounding.",
+    )
+    memory_budget: str | None = _option(
+        None, "Memory that the log-probs may take with --logps linear, as 512MiB; by default 1GiB."
+    )
     disable_dropout: bool = _option(True, "Set every dropout probability of the model to 0.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in backward, to save memory.")
 
@@ -139,6 +149,11 @@ class TrainConfig:
             check_bool(name, getattr(self, name))
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("logps", self.logps, LOGPS)
+        if self.memory_budget is not None:
+            parse_budget(self.memory_budget)
+        if self.memory_budget is not None and self.logps != "linear":
+            raise ValueError(f"memory_budget={self.memory_budget!r} goes with logps='linear', got logps={self.logps!r}")
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if self.eval_dataset is not None and self.eval_fraction > 0:
             raise ValueError("give eval_dataset or eval_fraction, not both")

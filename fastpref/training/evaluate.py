@@ -28,7 +28,7 @@ def evaluate(run: Run) -> dict[str, float]:
         for begin in range(0, len(share), config.batch_size):
             chunk = share[begin : begin + config.batch_size]
             batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
-            policy = batch_logps(run.model, batch, reduction=spec.reduction, precision=config.precision)
+            policy = batch_logps(run.model, batch, config, reduction=spec.reduction)
             output = preference_loss(*policy, *reference_logps(batch, spec), **config.loss_arguments)
             sums += pair_sums(output, *policy, batch.tokens)
             bar.advance(len(chunk))

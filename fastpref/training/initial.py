@@ -27,8 +27,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def reference_key(weights: str, pairs: Sequence[Pair], *, reduction: str, precision: str) -> str:
-    return f"1 weights={weights} data={data_digest(pairs)} reduction={reduction} precision={precision}"
+def reference_key(weights: str, pairs: Sequence[Pair], *, reduction: str, precision: str, logps: str) -> str:
+    how = f"reduction={reduction} precision={precision} logps={logps}"
+    return f"2 weights={weights} data={data_digest(pairs)} {how}"
 
 
 def load_reference(folder: Path, key: str) -> Tensor | None:
@@ -73,7 +74,8 @@ def add_reference(run: Run) -> str | None:
         return None
     weights = weights_digest(run.model)
     initial = run.state["initial_weights"] if run.state is not None else weights
-    key = reference_key(initial, missing, reduction=run.spec.reduction, precision=run.config.precision)
+    config = run.config
+    key = reference_key(initial, missing, reduction=run.spec.reduction, precision=config.precision, logps=config.logps)
     logps = load_reference(run.output_dir, key)
     if logps is None and run.checkpoint is not None:
         logps = load_reference(run.checkpoint.parent, key)
@@ -106,7 +108,7 @@ def compute_reference(run: Run, pairs: Sequence[Pair]) -> Tensor:  # (N, 2) floa
             indices = share[begin : begin + config.batch_size]
             chunk = [pairs[index] for index in indices]
             batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
-            chosen, rejected = batch_logps(run.model, batch, reduction=run.spec.reduction, precision=config.precision)
+            chosen, rejected = batch_logps(run.model, batch, config, reduction=run.spec.reduction)
             logps[torch.tensor(indices, device=device)] = torch.stack([chosen, rejected], dim=1)
             bar.advance(len(indices))
     # Every pair is zero on all processes but the one that computed it.

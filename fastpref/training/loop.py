@@ -146,7 +146,7 @@ class _Loop:
             chunk = [run.pairs[index] for index in indices or pairs[:1]]
             batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=self.device)
             with nullcontext() if place == len(micro_batches) - 1 else accelerator.no_sync(self.model):
-                policy = batch_logps(self.model, batch, reduction=run.spec.reduction, precision=config.precision)
+                policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
                 output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)
                 # DDP averages gradients over the processes; the factor num_processes makes that a sum.
                 scale = weight * accelerator.num_processes / len(pairs)

@@ -32,7 +32,7 @@ from fastpref.training.formats import has_messages
 # free.)
 FIXED_ON_RESUME = (
     "loss", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps", "warmup_ratio",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision", "logps",
     "disable_dropout", "seed",
 )  # fmt: skip
 
