@@ -64,6 +64,42 @@ class LossCase:
         return self.pairs * 9 * 4
 
 
+@dataclass(frozen=True)
+class LinearCase:
+    """Hidden states (2·pairs, length, hidden) under a head (vocab, hidden), the last rows of each sequence scored."""
+
+    name: str
+    length: int
+    hidden: int
+    vocab: int
+    share: float
+    dtype: str = "bf16"
+    pairs: int = 1
+    frozen: bool = False  # the head: only the gradient of the hidden states is wanted
+    budget: str | None = None  # memory_budget; None is fastpref's own default
+    beside: str = "all"  # a key of providers_linear.BESIDE: what stands beside fastpref
+    rounds: int = 5
+    # torch.compile, where a provider uses it, takes many seconds a shape.
+    compiled: bool = True
+
+    @property
+    def batch(self) -> int:
+        return 2 * self.pairs
+
+    @property
+    def scored_per_sequence(self) -> int:
+        return round(self.share * (self.length - 1))
+
+    @property
+    def scored_rows(self) -> int:
+        return self.batch * self.scored_per_sequence
+
+    @property
+    def unit_operations(self) -> int:
+        """Floating-point operations of one product of the scored rows with the head."""
+        return 2 * self.scored_rows * self.hidden * self.vocab
+
+
 # The numbers that the project promises on a CPU are those of this case.
 HEADLINE = LogpsCase("headline", 2, 512, VOCABS["qwen3"], 0.5)
 
@@ -108,6 +144,33 @@ def loss_cases(device_class: str) -> list[LossCase]:
     return [LossCase(f"{loss}-{pairs}", loss, pairs, rounds) for loss in ("dpo", "dpop") for pairs in sizes]
 
 
+def linear_cases(device_class: str) -> list[LinearCase]:
+    """Shapes of a 0.6B model's head on a CPU, of an 8B model's on a GPU; `linear-half` is the headline of both."""
+    if device_class == "tiny":
+        tiny = LinearCase("linear-tiny", 9, 24, 507, 0.5, "fp32", pairs=2, rounds=2, compiled=False)
+        return [
+            tiny,
+            replace(tiny, name="linear-tiny-bf16", length=14, share=0.9, dtype="bf16", budget="64MiB"),
+            replace(tiny, name="linear-tiny-frozen", frozen=True),
+        ]
+    if device_class == "cpu":
+        half = LinearCase("linear-half", 512, 1024, VOCABS["qwen3"], 0.5, beside="most")
+        quarter = replace(half, name="linear-quarter", share=0.25, beside="fastest")
+        most = replace(half, name="linear-most", share=0.9, beside="fastest")
+        small = [
+            replace(case, name=f"{case.name}-64MiB", budget="64MiB", beside="none") for case in (quarter, half, most)
+        ]
+        growth = [
+            replace(small[1], name=f"linear-growth-{length // 512}k-64MiB", length=length, rounds=rounds)
+            for length, rounds in ((2048, 2), (8192, 1))
+        ]
+        return [half, quarter, most, replace(half, name="linear-frozen", frozen=True, beside="plain"), *small, *growth]
+    # 4096 scored rows a sequence, 8192 in all.
+    half = LinearCase("linear-half", 8193, 4096, VOCABS["llama3"], 0.5, rounds=15)
+    frozen = replace(half, name="linear-frozen", frozen=True, beside="plain")
+    return [half, frozen, replace(half, name="linear-long", length=32769, share=1.0, beside="none", rounds=3)]
+
+
 def make_logits(case: LogpsCase, device: str, seed: int) -> Tensor:  # (B, T, V), a leaf
     """Normal logits of standard deviation 3: a few rows drawn, the others those rows turned, which is much faster."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -118,7 +181,29 @@ def make_logits(case: LogpsCase, device: str, seed: int) -> Tensor:  # (B, T, V)
     return logits.requires_grad_()
 
 
-def make_labels(case: LogpsCase, device: str, seed: int) -> Tensor:  # (B, T) int64, unshifted
+# The hidden states repeat after so many rows, each time with other labels: their truth is then quick to compute.
+DISTINCT_ROWS = 256
+
+
+def make_linear(case: LinearCase, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (B, T, H), a leaf; weight (V, H), a leaf where it is trained; labels (B, T). Logits have deviation 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    drawn = torch.randn(DISTINCT_ROWS, case.hidden, generator=generator, device=device).to(dtype)
+    some = torch.randn(4096, case.hidden, generator=generator, device=device).div_(case.hidden**0.5).to(dtype)
+    weight = torch.empty(case.vocab, case.hidden, dtype=dtype, device=device)
+    for turn, rows in enumerate(weight.split(len(some))):  # as make_logits does, and for its reason
+        rows.copy_(some[: len(rows)].roll(turn, -1))
+    hidden = drawn[row_of(case, device)].view(case.batch, case.length, case.hidden)
+    return hidden.requires_grad_(), weight.requires_grad_(not case.frozen), make_labels(case, device, seed)
+
+
+def row_of(case: LinearCase, device: str) -> Tensor:  # (B·T,) int64
+    """Which of the distinct rows each position holds."""
+    return torch.arange(case.batch * case.length, device=device) % DISTINCT_ROWS
+
+
+def make_labels(case: LogpsCase | LinearCase, device: str, seed: int) -> Tensor:  # (B, T) int64, unshifted
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(case.vocab, (case.batch, case.length), generator=generator)
     labels[:, : case.length - case.scored_per_sequence] = -100

@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 
 import results
+import results_linear
 from cases import DEVICE_CLASSES
 from session import RUN, Run
 
@@ -46,7 +47,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     head = results.environment(run.device, run.device_class, run.copy_gb_per_s)
     terminalreporter.section("fastpref")
     terminalreporter.write_line(f"{head['device']}; copy {run.copy_gb_per_s:.1f} GB/s; {head['date']}")
-    for line in (*results.table(run.rows).splitlines(), *results.headline(run.rows)):
+    linear = [row for row in run.rows if row["suite"] == "linear"]
+    others = [row for row in run.rows if row["suite"] != "linear"]
+    lines = []
+    if others:
+        lines += [*results.table(others).splitlines(), *results.headline(others)]
+    if linear:
+        lines += [*results_linear.table(linear).splitlines(), *results_linear.promises(linear, run.device_class)]
+    for line in lines:
         terminalreporter.write_line(line)
     if (path := config.getoption("--results")) is not None:
         results.write(path, head, run.rows)

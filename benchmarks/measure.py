@@ -117,11 +117,12 @@ class MemoryWorker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, suite: str, case: Any, provider: str, mode: str) -> dict[str, int]:
+    def ask(self, suite: str, case: Any, provider: str, mode: str, *, warm: bool = True) -> dict[str, int]:
+        """`warm=False` weighs the first call on these inputs: for one that takes long and compiles nothing."""
         if self.process is None:
             command = [sys.executable, str(Path(__file__).with_name("memory_worker.py"))]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        question = {"suite": suite, "case": asdict(case), "provider": provider, "mode": mode}
+        question = {"suite": suite, "case": asdict(case), "provider": provider, "mode": mode, "warm": warm}
         to_worker, from_worker = self.process.stdin, self.process.stdout
         if to_worker is None or from_worker is None:
             raise RuntimeError("memory_worker.py was started without pipes")

@@ -4,7 +4,8 @@
 #     benchmarks/on_gpu.sh OUT_DIR [--dry]
 #
 # It needs no network and no installation: Python with torch, triton, pytest, pytest-benchmark (and what tests import).
-# Parts: environment, tests on real kernels, benchmarks with the copy bandwidth, block-size sweep, CUDA memory check.
+# Parts: environment, tests on real kernels, benchmarks with the copy bandwidth, benchmarks of the linear path, block-size
+# sweep, CUDA memory check.
 # Each has its own time limit, and one that fails does not stop the next. OUT_DIR receives eight files at most.
 # The exit code is the number of parts that failed.
 #
@@ -88,22 +89,24 @@ environment() {
 export -f environment
 export python dry device
 
-rm -f "$out"/{environment.txt,tests.log,tests.xml,benchmarks.log,benchmarks.json,sweep.json,memcheck.log}
-part environment 40 "$out/environment.txt" bash -c environment
-part tests 210 "$out/tests.log" env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
-    -p no:cacheprovider -q ${workers[@]+"${workers[@]}"} --junitxml="$out/tests.xml"
-part benchmarks 150 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks" \
+rm -f "$out"/{environment.txt,tests.log,benchmarks.log,benchmarks.json,linear.json,sweep.json,memcheck.log}
+part environment 30 "$out/environment.txt" bash -c environment
+part tests 200 "$out/tests.log" env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
+    -p no:cacheprovider -q ${workers[@]+"${workers[@]}"}
+part benchmarks 125 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks"/test_bench_lo*.py \
     -p no:cacheprovider -q --device-class "$cases" --results "$out/benchmarks.json"
-part sweep 75 "$out/benchmarks.log" "${sweep[@]}" --json "$out/sweep.json"
+part linear 75 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks/test_bench_linear.py" \
+    -p no:cacheprovider -q --device-class "$cases" --results "$out/linear.json"
+part sweep 60 "$out/benchmarks.log" "${sweep[@]}" --json "$out/sweep.json"
 if command -v compute-sanitizer >/dev/null; then
     # Without the allocator's cache every tensor has borders that the checker sees.
-    part memcheck 60 "$out/memcheck.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    part memcheck 45 "$out/memcheck.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m fastpref.doctor --device "$device"
 else
     echo "memcheck: not run, no compute-sanitizer on the PATH" | tee -a "$parts"
 fi
 
-# One page: what ran, the machine, failed tests, the table, the sweep, what the memory check said.
+# One page: what ran, the machine, failed tests, the tables, the sweep, what the memory check said.
 {
     echo "fastpref on $(uname -n), $(date -u '+%Y-%m-%d %H:%M UTC')${dry:+, DRY RUN: its numbers mean nothing}"
     cat "$parts"
@@ -111,7 +114,7 @@ fi
     grep -E 'torch |triton |cuda:|path:|error against' "$out/environment.txt"
     echo
     tail -n 1 "$out/tests.log"
-    grep -E '^(FAILED|ERROR) ' "$out/tests.log" | cut -c1-160 | head -n 12
+    grep -hE '^(FAILED|ERROR) ' "$out/tests.log" "$out/benchmarks.log" | cut -c1-160 | head -n 12
     echo
     sed -n '/=== fastpref ===/,/rows in /p' "$out/benchmarks.log"
     echo

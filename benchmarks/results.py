@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 SCHEMA = 1
-PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest-benchmark")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest-benchmark", "trl", "liger-kernel")
 # What the project promises of the headline case on a CPU.
 WANTED_OVER_PLAIN, WANTED_OVER_CROSS_ENTROPY, WANTED_PEAK_MIB = 5.0, 3.5, 16.0
 
