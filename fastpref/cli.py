@@ -1,4 +1,4 @@
-"""The command `fastpref`: train, demo, doctor. Bad input gives one line on stderr and exit code 2."""
+"""The command `fastpref`: train, demo, doctor, plan. Bad input gives one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ commands:
   train    train a causal language model on preference pairs
   demo     make data, train a small model with DPO and with DPOP, and show what each did
   doctor   print versions and devices, which paths will run, and check one kernel
+  plan     print what a model's head needs, by which plan, and the longest sequence that fits
 
 fastpref COMMAND --help lists a command's options.
 """
@@ -54,10 +55,17 @@ def doctor_command(arguments: list[str]) -> int:
     return doctor(arguments)
 
 
+def plan_command(arguments: list[str]) -> int:
+    from fastpref.plan_cli import main as plan
+
+    return plan(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "demo": demo_command,
     "doctor": doctor_command,
+    "plan": plan_command,
 }
 
 

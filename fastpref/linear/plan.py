@@ -30,7 +30,7 @@ from fastpref.checks import describe
 MIB = 2**20
 DEFAULT_BUDGET = 1024 * MIB
 
-_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_budget(value: Any) -> int:
@@ -40,10 +40,13 @@ def parse_budget(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f'memory_budget must be bytes or text like "512MiB", got {describe(value)}')
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b|b)\s*", value, re.IGNORECASE)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b|b|)\s*", value, re.IGNORECASE)
         if found is None:
             raise ValueError(f'memory_budget must be bytes or text like "512MiB" (B, KiB, MiB, GiB), got {value!r}')
-        value = int(float(found[1]) * _UNITS[found[2].upper()])
+        bytes_ = float(found[1]) * _UNITS[found[2].upper()]
+        if not math.isfinite(bytes_):
+            raise ValueError(f"memory_budget is too large: {value[:40]!r}")
+        value = int(bytes_)
     if value <= 0:
         raise ValueError(f"memory_budget must be positive, got {value}")
     return value
@@ -136,17 +139,24 @@ def _tile_bytes(problem: Problem, machine: Machine, row_block: int, columns: int
     if problem.weight_dtype != operand:
         total += columns * H * operand.itemsize
     total += row_block * H * operand.itemsize  # gathered, or widened
-    if backward and problem.weight and problem.weight_dtype.itemsize != wide:
+    # A slice of dW apart from dW: float16 is scaled, and scaled back before it meets what was there.
+    scaled = problem.operand == torch.float16 and not machine.upcast
+    if backward and problem.weight and (problem.weight_dtype.itemsize != wide or scaled):
         total += columns * H * wide
     # Statistics, labels and weights of all rows, and small temporaries of a block.
     return total + problem.rows * 64 + row_block * 32
 
 
-def _shrink(problem: Problem, machine: Machine, room: int, *, backward: bool) -> tuple[int, int] | None:
-    """The largest tile that fits into `room` bytes, or None: columns shrink first, rows feed the products."""
+def _shrink(
+    problem: Problem, machine: Machine, room: int, *, backward: bool, per_row: int = 0
+) -> tuple[int, int] | None:
+    """The largest tile that fits into `room` bytes, or None: columns shrink first, rows feed the products.
+
+    `per_row`: bytes besides that each row of the tile takes.
+    """
     row_block = min(machine.rows, _round_up(max(problem.rows, 1), 8))
     columns = min(machine.columns, _round_up(problem.vocab, 16))
-    while _tile_bytes(problem, machine, row_block, columns, backward=backward) > room:
+    while _tile_bytes(problem, machine, row_block, columns, backward=backward) + row_block * per_row > room:
         if columns > machine.min_columns and columns >= row_block:
             columns = max(machine.min_columns, columns // 2)
         elif row_block > machine.min_rows:
@@ -197,15 +207,16 @@ def plan_tokens(problem: Problem, machine: Machine, budget: int, *, force: str |
     two_pass = force == "two-pass"
     tile = None if two_pass else _shrink(problem, machine, budget - problem.hidden * row_sums, backward=True)
     if tile is None:  # not even N·H fits: dh block by block, in a sweep of its own
-        row_block, columns = _tile(problem, machine, budget - low // 2, backward=True)
-        extra = row_block * problem.hidden_size * wide
+        per_row = problem.hidden_size * wide
+        row_block, columns = _tile(problem, machine, budget, backward=True, per_row=per_row)
+        extra = row_block * per_row
         again = problem.hidden + problem.weight
         return _made(
             "two-pass", problem, machine, (row_block, columns), products=products + again, extra=extra, two_pass=True
         )
     sums = problem.hidden * row_sums
     plan = _made("recompute", problem, machine, tile, products=products + 1, extra=sums)
-    if force == "recompute" or (force is None and not _keeping_pays(problem, machine)):
+    if force == "recompute" or (force is None and not keeping_pays(problem, machine)):
         return plan
     a_slice = _slice_bytes(problem, plan.columns)
     kept = plan.slices if problem.rows == 0 else min(plan.slices, (budget - plan.peak) // a_slice)
@@ -231,7 +242,9 @@ def plan_preference(problem: Problem, machine: Machine, budget: int, *, force: s
         assert plan is not None
         return plan
     stream = _stream(problem, machine, budget)
-    if stream is None or (plan is not None and _cost(plan, problem, machine) <= _cost(stream, problem, machine)):
+    if stream is None or (
+        plan is not None and cost_in_products(plan, problem, machine) <= cost_in_products(stream, problem, machine)
+    ):
         if plan is None:
             raise ValueError("the stream plan does not fit the budget")
         return plan
@@ -256,7 +269,7 @@ def _stream(problem: Problem, machine: Machine, budget: int) -> Plan | None:
         row_block = max(machine.min_rows, row_block // 2)
 
 
-def _cost(plan: Plan, problem: Problem, machine: Machine) -> float:
+def cost_in_products(plan: Plan, problem: Problem, machine: Machine) -> float:
     """In products: the traffic that a plan adds counts as the operations that could be done meanwhile."""
     product = 2 * max(problem.rows, 1) * problem.hidden_size * problem.vocab
     moved = 2.0 * plan.kept / plan.slices * problem.rows * problem.vocab * kept_dtype(problem.operand).itemsize
@@ -269,7 +282,7 @@ def _cost(plan: Plan, problem: Problem, machine: Machine) -> float:
     return plan.products + moved * machine.balance / product
 
 
-def _keeping_pays(problem: Problem, machine: Machine) -> bool:
+def keeping_pays(problem: Problem, machine: Machine) -> bool:
     """Writing and reading a kept tile must cost less than the product that it saves."""
     return 2 * kept_dtype(problem.operand).itemsize * machine.balance < 2 * problem.hidden_size
 
@@ -279,12 +292,12 @@ def _slice_bytes(problem: Problem, columns: int) -> int:
     return problem.rows * (columns * kept_dtype(problem.operand).itemsize + 4)
 
 
-def _tile(problem: Problem, machine: Machine, room: int, *, backward: bool) -> tuple[int, int]:
+def _tile(problem: Problem, machine: Machine, room: int, *, backward: bool, per_row: int = 0) -> tuple[int, int]:
     smallest = (
         min(machine.min_rows, _round_up(max(problem.rows, 1), 8)),
         min(machine.min_columns, _round_up(problem.vocab, 16)),
     )
-    return _shrink(problem, machine, room, backward=backward) or smallest
+    return _shrink(problem, machine, room, backward=backward, per_row=per_row) or smallest
 
 
 def _made(

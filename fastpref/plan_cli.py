@@ -1,0 +1,281 @@
+"""`fastpref plan`: what the head of a model will need, by which plan, and the longest sequence that fits.
+
+It needs torch alone; transformers only to read a model's config, rich only for prettier tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fastpref.linear.explain import SHORTEST, Candidate, UseReport, candidates, explain
+from fastpref.linear.peaks import CHUNK, Step
+from fastpref.linear.plan import parse_budget
+from fastpref.losses import get_loss
+from fastpref.models import SOFTCAPS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TITLES = {
+    "forward": "forward only: reference and evaluation",
+    "frozen": "frozen head: LoRA, PEFT",
+    "trainable": "trainable head",
+}
+# Beyond any machine, and far enough from where floats end.
+LARGEST_COUNT, LARGEST_MEMORY = 2**40, 2**60
+NAMES = ("path", "plan", "chosen by")  # columns of words, the others are numbers
+NOTES = (
+    f"plain: float32 log_softmax of all logits; chunked: blocks of {CHUNK} scored tokens, recomputed in backward; "
+    "sequence_logps: fastpref on all logits; linear_*: fastpref on hidden states (fastpref train takes "
+    "linear_sequence_logps). Products are counted in 2·N·H·V operations; the peak is what comes beyond hidden states "
+    "and gradients."
+)
+
+
+class _UsageError(ValueError):
+    """Options that do not parse. The message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; fastpref plan --help lists the options")
+
+
+def _bytes(text: str) -> int:
+    try:
+        count = parse_budget(int(text) if text.strip().isdecimal() else text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("memory_budget ")) from None
+    if count > LARGEST_MEMORY:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_MEMORY} bytes, got {text!r}")
+    return count
+
+
+def _at_least(least: int) -> Any:
+    def whole(text: str) -> int:
+        number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
+        if not least <= number <= LARGEST_COUNT:
+            raise argparse.ArgumentTypeError(f"must be a whole number in [{least}, {LARGEST_COUNT}], got {text!r}")
+        return number
+
+    return whole
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}")
+    return share
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="fastpref plan",
+        description="Print what the head of a model needs in a preference step: peak memory and products of the usual "
+        "ways and of fastpref, the plan that fastpref makes and why, and the longest sequence that fits.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", help="folder with a transformers config.json, or a hub name in the local cache")
+    add("--hidden_size", type=_at_least(1), help="H, instead of --model")
+    add("--vocab_size", type=_at_least(1), help="V, instead of --model")
+    add("--bias", action="store_true", help="the head has a bias")
+    add("--max_length", type=_at_least(SHORTEST), default=1024, help="tokens a sequence (default: %(default)s)")
+    add("--pairs", type=_at_least(1), default=4, help="pairs in a micro-batch (default: %(default)s)")
+    add("--scored", type=_share, default=0.5, help="share of positions that are scored (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of hidden states and head (default: %(default)s)")
+    add("--loss", default="sigmoid", help="a loss by name; those of one argument may stream (default: %(default)s)")
+    add("--device", choices=("cpu", "gpu"), help="default: the GPU where there is one")
+    add(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="what is free after weights, optimiser and backbone, as 80GiB: what hidden states, their gradient, the "
+        "head's gradient and the rest may take together. Gives the longest sequence that fits",
+    )
+    add(
+        "--memory_budget",
+        type=_bytes,
+        metavar="SIZE",
+        default=parse_budget(None),
+        help="fastpref's own, as 512MiB (default: 1GiB)",
+    )
+    add("--json", action="store_true", help="print the same as JSON, in bytes")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 0, or 2 after one line on stderr where an option does not fit."""
+    try:
+        options = _parser().parse_args(argv)
+        step = _step(options)
+        reports = explain(step, options.memory_budget, options.memory)
+        plans = candidates(step, options.memory_budget)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastpref plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(_as_json(step, options, reports, plans), indent=2))
+    else:
+        _print(step, options, reports, plans)
+    return 0
+
+
+def _step(options: argparse.Namespace) -> Step:
+    sizes = (options.hidden_size, options.vocab_size)
+    if options.model is not None:
+        if sizes != (None, None):
+            raise _UsageError("give --model, or --hidden_size and --vocab_size, not both")
+        hidden_size, vocab, softcap = _read_head(options.model)
+    else:
+        if None in sizes:
+            raise _UsageError("give --model, or both --hidden_size and --vocab_size")
+        hidden_size, vocab, softcap = *sizes, False
+    return Step(
+        pairs=options.pairs,
+        length=options.max_length,
+        share=options.scored,
+        hidden_size=hidden_size,
+        vocab=vocab,
+        dtype=DTYPES[options.dtype],
+        bias=options.bias,
+        softcap=softcap,
+        gpu=torch.cuda.is_available() if options.device is None else options.device == "gpu",
+        streams=get_loss(options.loss).margin is not None,
+    )
+
+
+def _read_head(source: str) -> tuple[int, int, bool]:
+    """H, V and whether there is a softcap, from a model's config. Nothing is downloaded."""
+    by_hand = "--hidden_size and --vocab_size take its place"
+    path = Path(source).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"--model: {source!r} is not a folder with a config.json; {by_hand}")
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError(
+            f'reading a model\'s config needs transformers: pip install "fastpref[train]"; {by_hand}'
+        ) from error
+    try:
+        whole = AutoConfig.from_pretrained(
+            str(path) if path.exists() else source, local_files_only=True, trust_remote_code=False
+        )
+    except OSError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(
+            f"--model: there is no folder {source!r}, and no model of that name in the local cache; {by_hand}"
+        ) from error
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"--model: transformers cannot read {source!r}: {error}; {by_hand}") from error
+    if getattr(whole, "is_encoder_decoder", False):
+        raise ValueError(f"--model: {source!r} is an encoder-decoder model; fastpref takes decoder-only causal LMs")
+    text = whole.get_text_config()
+    vocab: Any = getattr(text, "vocab_size", None)
+    # OPT's head takes what was projected back to the embeddings' size.
+    hidden_size: Any = getattr(text, "word_embed_proj_dim", None) or getattr(text, "hidden_size", None)
+    for name, value in (("vocab_size", vocab), ("hidden_size", hidden_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"--model: the config of {source!r} must have a positive {name}, got {value!r}; {by_hand}")
+    return hidden_size, vocab, any(getattr(text, name, None) for name in SOFTCAPS)
+
+
+def _as_json(
+    step: Step, options: argparse.Namespace, reports: list[UseReport], plans: list[Candidate]
+) -> dict[str, Any]:
+    head = {**asdict(step), "dtype": options.dtype, "positions": step.positions, "rows": step.rows}
+    return {
+        "head": {**head, "product_operations": step.product},
+        "loss": options.loss,
+        "memory_budget": options.memory_budget,
+        "memory": options.memory,
+        "uses": [asdict(report) for report in reports],
+        "plans": [asdict(plan) for plan in plans],
+    }
+
+
+def _print(step: Step, options: argparse.Namespace, reports: list[UseReport], plans: list[Candidate]) -> None:
+    print(
+        f"head: N = {step.rows:,} scored of {step.positions:,} positions (pairs = {step.pairs:,}, "
+        f"T = {step.length:,}), H = {step.hidden_size:,}, V = {step.vocab:,}, {options.dtype}, {step.machine.name}"
+    )
+    print(f"one product: {step.product / 1e12:.3g} TFLOP; memory_budget: {_size(options.memory_budget)}")
+    for report in reports:
+        _print_use(report, options.memory)
+    rows = [
+        (
+            plan.name,
+            "does not fit" if plan.cost is None else f"{plan.cost:.2f}",
+            "" if plan.peak_bytes is None else _size(plan.peak_bytes),
+            _size(plan.least_budget),
+            ", ".join(plan.chosen_by),
+        )
+        for plan in plans
+    ]
+    header = ("plan", "cost in products", "peak", "least budget", "chosen by")
+    _table("plans of a trainable head; the cost counts the traffic that a plan adds", header, rows)
+    print(f"\n{NOTES}")
+    if options.memory is None:
+        print("--memory SIZE (what is free after weights, optimiser and backbone) adds the longest sequence that fits")
+
+
+def _print_use(report: UseReport, memory: int | None) -> None:
+    header = ["path", "products", "peak"]
+    if memory is not None:
+        header.append(f"longest in {_size(memory)}")
+    rows = []
+    for path in report.paths:
+        row = [path.name, f"{path.products:.2f}", _size(path.peak_bytes)]
+        if path.longest is not None:
+            row.append(f"{path.longest:,}" if path.longest else "none")
+        rows.append(row)
+    title = f"{TITLES[report.use]}; hidden states and gradients take {_size(report.held_bytes)}"
+    _table(title, header, rows)
+    for path in report.paths:
+        if path.plan is not None:
+            print(f"{path.name}: {path.plan}\n  why: {path.why}")
+            if path.longest_plan is not None:
+                print(f"  at the longest, with memory_budget={path.longest_budget} at most: {path.longest_plan}")
+
+
+def _size(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}" if count < 100 * unit else f"{count / unit:.0f} {name}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Names to the left, numbers to the right."""
+    print(f"\n{title}")
+    if find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for name in header:
+            table.add_column(name, justify="left" if name in NAMES else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, width=200).print(table)  # takes what it needs; a pipe or a narrow window cuts nothing
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if name in NAMES else cell.rjust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
