@@ -16,7 +16,7 @@ from fastpref.inputs import (
 )
 from fastpref.linear.compiled import linear_token_logps_op
 from fastpref.linear.plan import parse_budget
-from fastpref.linear.tokens import LinearTokenLogps, Request
+from fastpref.linear.tokens import LinearTokenLogps, Request, inputs_of
 from fastpref.ops import sequence_reduce_op
 from fastpref.tiled import Transform
 
@@ -45,7 +45,7 @@ def linear_token_logps(
     Only scored rows reach a matrix product. One product gives the values; the gradients take one more with a frozen
     head (2·N·H·V operations each), two more with a trainable one while a row's softmax fits the budget, and up to one
     more where it does not. Exact for any upstream gradient. Under autocast, operands are rounded as `F.linear`'s are,
-    a slice at a time.
+    a slice at a time, where that makes products faster; else they are taken as they are.
 
     Args:
         hidden: (B, T, H) or packed (N_total, H): what the model hands to its head; any float dtype, any strides.
@@ -121,7 +121,7 @@ def _tokens(
         # Shapes must be known without looking at labels, so nothing is kept: one product more than eager at its best.
         options = (request.shift, request.ignore_index, list(request.transform.values), request.operand, request.budget)
         return linear_token_logps_op(hidden, weight, bias, labels, mask, *options)[0].float()
-    return LinearTokenLogps.apply(hidden, weight, bias, labels, mask, request).float()
+    return LinearTokenLogps.apply(*inputs_of(hidden, weight, bias), labels, mask, request).float()
 
 
 def _check(
@@ -151,8 +151,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     if hasattr(weight, "full_tensor") or hasattr(hidden, "full_tensor"):
         name = "weight" if hasattr(weight, "full_tensor") else "hidden"
         raise ValueError(
-            f"{name} is a DTensor, of which each rank holds a part: pass {name}.full_tensor(), which gathers it "
-            "and shards its gradient again, or call inside the sharded module's own forward, where it is whole"
+            f"{name} is a DTensor, of which each rank has a part: call inside the sharded module's own forward, where "
+            f"it is whole, or pass {name}.full_tensor(grad_placements=[Partial('avg')]), which gathers it and, in "
+            "data-parallel training, brings its gradient back as the ranks' mean"
         )
     if weight.dim() != 2 or weight.numel() == 0:
         hint = (

@@ -242,13 +242,15 @@ def plan_preference(problem: Problem, machine: Machine, budget: int, *, force: s
         assert plan is not None
         return plan
     stream = _stream(problem, machine, budget)
-    if stream is None or (
-        plan is not None and cost_in_products(plan, problem, machine) <= cost_in_products(stream, problem, machine)
-    ):
+    if stream is None:
         if plan is None:
-            raise ValueError("the stream plan does not fit the budget")
+            raise ValueError(
+                f"the stream plan does not fit memory_budget={budget}: it holds a float32 copy of the head"
+            )
         return plan
-    return stream
+    if plan is None:
+        return stream
+    return min(plan, stream, key=lambda one: cost_in_products(one, problem, machine))
 
 
 def _stream(problem: Problem, machine: Machine, budget: int) -> Plan | None:

@@ -22,10 +22,13 @@ from fastpref.linear.products import precision
 from fastpref.linear.rows import find_rows
 from fastpref.linear.streaming import stream
 from fastpref.linear.sweeps import Kept, fold_sweep
-from fastpref.linear.tokens import Request, gradients, head_of, problem_of
+from fastpref.linear.tokens import Once, Request, gradients, head_of, inputs_of, problem_of, zero_gradient
 from fastpref.losses import LossSpec, PreferenceOutput, get_loss, preference_loss
 from fastpref.ops import sequence_reduce_op
-from fastpref.tiled import Transform, zeros_untouched
+from fastpref.tiled import Transform
+
+# Gradients of float16 tensors wait for the backward as float32: a loss scale must meet them before they are rounded.
+_HALF = torch.float32
 
 LossFunction = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
@@ -85,7 +88,8 @@ def linear_preference_loss(
 
     Returns:
         LinearPreferenceOutput. Only `loss` can be differentiated, once: the backward hands the gradients over, scaled
-        by what arrives. A backward through `losses` raises instead of dropping gradients.
+        by what arrives (those of float16 tensors are float32 until then, so that a loss scale works). A backward
+        through `losses` raises instead of dropping gradients.
 
     Raises:
         As `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of sequences.
@@ -97,7 +101,7 @@ def linear_preference_loss(
     operand = check_head(hidden, weight, bias)
     refuse_forward_mode(weight, bias)
     check_reduction_input("hidden states", hidden, cu_seqlens)
-    _check_pairs(hidden, cu_seqlens, ref_logps)
+    _check_pairs(hidden, cu_seqlens, ref_logps, chosen_loss.spec)
     if torch.compiler.is_compiling():
         values = linear_sequence_logps(
             hidden, weight, labels, bias=bias, memory_budget=memory_budget, reduction=reduction, cu_seqlens=cu_seqlens,
@@ -110,7 +114,7 @@ def linear_preference_loss(
     request = Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
     rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
     found = _LinearPreference.apply(
-        rows, weight, bias, row_labels, row_mask, cu_seqlens, ref_logps, request, chosen_loss, reduction
+        *inputs_of(rows, weight, bias), row_labels, row_mask, cu_seqlens, ref_logps, request, chosen_loss, reduction
     )
     return LinearPreferenceOutput(*found)
 
@@ -160,14 +164,21 @@ def _check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) 
     return _Loss(spec, None, beta, spec.check_options(options))
 
 
-def _check_pairs(hidden: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None) -> None:
+def _check_pairs(hidden: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, spec: LossSpec | None) -> None:
     count = hidden.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if count == 0 or count % 2:
         raise ValueError(
             f"a batch of pairs holds all chosen sequences and then all rejected ones, an even number; got {count}"
         )
     if ref_logps is None:
+        if spec is not None and spec.needs_reference:
+            raise ValueError(
+                f"loss {spec.name!r} needs the reference's log-probs, but ref_logps is None: compute them by "
+                "linear_sequence_logps with the reference model, under torch.no_grad()"
+            )
         return
+    if spec is not None and not spec.needs_reference:
+        raise ValueError(f"loss {spec.name!r} has no reference: ref_logps must be None, got {describe(ref_logps)}")
     check_tensor("ref_logps", ref_logps, floating=True)
     if ref_logps.shape != (count,) or ref_logps.device != hidden.device:
         raise ValueError(
@@ -213,7 +224,7 @@ class _LinearPreference(torch.autograd.Function):
                 form = margin(loss.beta, **loss.options)
                 logps, found = stream(
                     hidden, rows, head, plan, form, lambda some, ref: _coefficients(loss, some, ref)[1], ref_logps,
-                    mean=mean, want=want,
+                    mean=mean, want=want, half=_HALF,
                 )  # fmt: skip
                 output = loss(logps, ref_logps)
             else:
@@ -232,13 +243,15 @@ class _LinearPreference(torch.autograd.Function):
                     output, slopes = _coefficients(loss, logps, ref_logps)
                     upstream = rows.spread(slopes, mean=mean).to(head.wide)
                     if unscaled is not None:
-                        dh_full = rows.scatter(unscaled.mul_(upstream.unsqueeze(1)), zeros_untouched(hidden))
+                        dh_full = rows.scatter(unscaled.mul_(upstream.unsqueeze(1)), zero_gradient(hidden, _HALF))
                         found = (dh_full, None, None)
                     else:
-                        found = gradients(hidden, rows, head, plan, done, target, upstream, kept=kept, want=want)
+                        found = gradients(
+                            hidden, rows, head, plan, done, target, upstream, kept=kept, want=want, half=_HALF
+                        )
                 else:
                     output = loss(logps, ref_logps)
-        ctx.gradients, ctx.wanted = found, any(want)
+        ctx.gradients, ctx.inputs = found, (hidden, weight, bias)
         ctx.set_materialize_grads(False)
         metrics = [output.chosen_rewards, output.rejected_rewards, output.penalty, *logps.chunk(2)]
         metrics = [x if x is None else x.detach().clone() for x in metrics]
@@ -246,7 +259,6 @@ class _LinearPreference(torch.autograd.Function):
         return output.loss.detach(), output.losses.detach().clone(), *metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_losses is not None:
             raise RuntimeError(
@@ -260,13 +272,14 @@ class _LinearPreference(torch.autograd.Function):
                 "a second backward through linear_preference_loss: the first one has handed its gradients over; call "
                 "the function again, or use linear_sequence_logps with preference_loss"
             )
-        found, ctx.gradients = ctx.gradients, None
+        (found, inputs), ctx.gradients, ctx.inputs = (ctx.gradients, ctx.inputs), None, None
         # On a GPU to look at the value would be to wait for it.
         if grad.device.type != "cpu" or grad.item() != 1.0:
             for gradient in found:
                 if gradient is not None:
-                    gradient.mul_(grad)
-        return (*found, *[None] * 7)
+                    gradient.mul_(grad.detach())
+        found = tuple(x if x is None else x.to(like.dtype) for x, like in zip(found, inputs, strict=True))
+        return (*Once.mark(found, (grad, *inputs)), *[None] * 7)
 
 
 def _coefficients(
@@ -280,5 +293,23 @@ def _coefficients(
         output = loss(policy, ref_logps)
         if not output.loss.requires_grad:
             raise ValueError("the loss does not depend on the policy's log-probs: a callable must not detach them")
+        _refuse_other_leaves(output.loss, policy)
         (slopes,) = torch.autograd.grad(output.loss, policy)
     return output, slopes
+
+
+def _refuse_other_leaves(loss: Tensor, policy: Tensor) -> None:
+    """A parameter that a callable reads would go without its gradient: the derivatives taken are those by log-probs."""
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", policy)
+        if leaf is not policy:
+            raise ValueError(
+                f"a callable loss may differentiate by the log-probs alone, but it reads {describe(leaf)} that "
+                "requires a gradient, which would be cut: detach it, or use linear_sequence_logps and your own loss"
+            )
+        todo.extend(following for following, _ in node.next_functions)

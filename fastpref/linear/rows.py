@@ -18,6 +18,7 @@ class Rows:
     index: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64
     counts: list[int]  # (S,), scored rows of each sequence
+    lengths: Tensor  # the same on the device
     shape: tuple[int, int]  # B, T
     run: int | None  # where the rows begin, if they follow each other without a gap
     shift: int
@@ -53,10 +54,9 @@ class Rows:
 
     def spread(self, values: Tensor, *, mean: bool) -> Tensor:  # (N,)
         """(S,) values of sequences, given to each of their rows; divided by how many there are for a mean."""
-        counts = torch.tensor(self.counts, device=values.device)
         if mean:
-            values = values / counts.clamp(min=1)
-        return values.repeat_interleave(counts, output_size=len(self))
+            values = values / self.lengths.clamp(min=1)
+        return values.repeat_interleave(self.lengths, output_size=len(self))
 
 
 def find_rows(
@@ -74,24 +74,31 @@ def find_rows(
     batch, length = labels.shape
     flags = scored.new_zeros(batch, length)
     flags[:, : length - shift] = scored
-    flat = flags.flatten()
-    counts, run, total = [0] * (batch if cu_seqlens is None else len(cu_seqlens) - 1), None, 0
-    if flat.numel():
-        # One trip to the host for everything that it has to know.
-        ends = [flat.int().argmax()[None], flat.flip(0).int().argmax()[None]]
-        *counts, total, first, behind = torch.cat([_counts(flags, cu_seqlens), flat.sum()[None], *ends]).tolist()
-        last = flat.numel() - 1 - behind
-        run = first if total and last - first + 1 == total else None
+    flat, lengths = flags.flatten(), _lengths(flags, cu_seqlens)
+    if flat.numel() == 0:
+        empty = torch.zeros(0, dtype=torch.long, device=labels.device)
+        return Rows(empty, empty, [0] * len(lengths), lengths, (batch, length), None, shift)
+    # One trip to the host for everything that it has to know.
+    ends = [flat.sum()[None], flat.int().argmax()[None], flat.flip(0).int().argmax()[None]]
+    *counts, total, first, behind = torch.cat([lengths, *ends]).tolist()
+    if min(counts, default=0) < 0 or sum(counts) != total:  # offsets that nobody has looked at on a GPU
+        raise ValueError(
+            f"cu_seqlens must begin with 0, never decrease and end with N_total = {flat.numel()}: its sequences hold "
+            f"{counts[:20]} of {total} scored rows"
+        )
+    last = flat.numel() - 1 - behind
+    run = first if total and last - first + 1 == total else None
     if run is not None:
         index = torch.arange(run, run + total, device=labels.device)
     else:
         # Not nonzero(), which would make a GPU wait a second time.
         index = torch.argsort(~flat, stable=True)[:total]
-    return Rows(index, labels.flatten()[index + shift].long(), counts, (batch, length), run, shift)
+    return Rows(index, labels.flatten()[index + shift].long(), counts, lengths, (batch, length), run, shift)
 
 
-def _counts(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (S,)
+def _lengths(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (S,)
     if cu_seqlens is None:
         return flags.sum(1)
-    ends = torch.nn.functional.pad(flags.flatten().cumsum(0), (1, 0))[cu_seqlens.long()]
-    return ends.diff()
+    before = torch.nn.functional.pad(flags.flatten().cumsum(0), (1, 0))
+    # Offsets are not looked at on a GPU: clamped they cannot read elsewhere, and what they give is checked.
+    return before[cu_seqlens.long().clamp(0, flags.numel())].diff()

@@ -16,10 +16,10 @@ from torch import Tensor
 from fastpref.linear.plan import Plan
 from fastpref.linear.rows import Rows
 from fastpref.linear.sweeps import Head, Kept, fold_sweep, gradient_sweep
+from fastpref.linear.tokens import gradient_dtype, zero_gradient
 from fastpref.losses.margin import rejected_per_chosen
 from fastpref.losses.spec import MarginForm
 from fastpref.ops import sequence_reduce_op
-from fastpref.tiled import zeros_untouched
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,14 +35,16 @@ def stream(
     *,
     mean: bool,
     want: tuple[bool, bool, bool],
+    half: torch.dtype,
 ) -> tuple[Tensor, Found]:
     """Sequence log-probs (2P,), and the gradients of the mean loss.
 
-    `coefficients(logps (2,), ref (2,))` are the derivatives of one pair's loss.
+    `coefficients(logps (2,), ref (2,))` are the derivatives of one pair's loss; gradients of float16 tensors come back
+    in the dtype `half`.
     """
     assert ref_logps is not None  # losses of one argument have a reference
     pairs = len(rows.counts) // 2
-    state = _Gradients(hidden, rows, head, plan, want, pairs)
+    state = _Gradients(hidden, rows, head, plan, want, pairs, half)
     starts = [0]
     for count in rows.counts:
         starts.append(starts[-1] + count)
@@ -64,10 +66,17 @@ class _Gradients:
     """The gradients while they gather: those of the pair under way, unscaled, and those of the pairs before it."""
 
     def __init__(
-        self, hidden: Tensor, rows: Rows, head: Head, plan: Plan, want: tuple[bool, bool, bool], pairs: int
+        self,
+        hidden: Tensor,
+        rows: Rows,
+        head: Head,
+        plan: Plan,
+        want: tuple[bool, bool, bool],
+        pairs: int,
+        half: torch.dtype,
     ) -> None:
-        self.hidden, self.rows, self.head, self.plan = hidden, rows, head, plan
-        self.dh = zeros_untouched(hidden) if want[0] else None
+        self.hidden, self.rows, self.head, self.plan, self.half = hidden, rows, head, plan, half
+        self.dh = zero_gradient(hidden, half) if want[0] else None
         new: dict[str, Any] = {"dtype": head.wide, "device": hidden.device}
         vocab, hidden_size = head.weight.shape
         self.pair_dw = torch.empty(vocab, hidden_size, **new) if want[1] else None
@@ -132,8 +141,8 @@ class _Gradients:
                 if total is not None:
                     total.zero_()
         self.pair_dw = self.pair_db = self.kept = None
-        return self.dh, _rounded(self.dw, weight), _rounded(self.db, bias)
+        return self.dh, _rounded(self.dw, weight, self.half), _rounded(self.db, bias, self.half)
 
 
-def _rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if total is None or like is None else total.to(like.dtype)
+def _rounded(total: Tensor | None, like: Tensor | None, half: torch.dtype) -> Tensor | None:
+    return None if total is None or like is None else total.to(gradient_dtype(like, half))

@@ -24,6 +24,8 @@ from fastpref.tiled import Transform
 
 # Rows of the head that are gathered at a time: their float32 copies stay small beside a tile.
 _GATHERED = 256
+# Half of float16's range is left for what rounds upwards.
+_TOP = 2.0**14
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,9 @@ def _own_slope(target: Tensor, transform: Transform) -> Tensor | float:
     """1 − tanh² at the label's logit, from z = softcap·tanh / temperature."""
     if not transform.softcap:
         return 1.0
-    return 1.0 - (target * (transform.temperature / transform.softcap)).square()
+    # Near saturation each rounding of the tanh counts many times: float32 would add its own to those of z.
+    wide = target if target.device.type == "mps" else target.double()
+    return (1.0 - (wide * (transform.temperature / transform.softcap)).square()).to(target.dtype)
 
 
 def gradient_sweep(
@@ -251,24 +255,33 @@ def gradient_sweep(
 ) -> None:
     """Adds upstream·dz @ W to `dh`; writes, or with `add` adds, (upstream·dz)ᵀ @ hidden to `dw` and its sum to `db`."""
     stop = len(rows) if stop is None else stop
+    if start == stop:  # no product will write them
+        for result in (dw, db):
+            if result is not None and not add:
+                result.zero_()
+        return
     labels = rows.labels[start:stop]
-    # float16 would lose what is small beside 1: the largest upstream becomes 1, and the results are scaled back.
-    unit = upstream.abs().amax().clamp(min=1e-30) if head.narrow == torch.float16 and len(upstream) else None
+    # float16 would lose what is small: the largest dz that can be becomes _TOP, and the results are scaled back.
+    unit = None
+    if head.narrow == torch.float16:
+        unit = (upstream.abs().amax() * (head.slope / _TOP)).clamp(min=1e-30)
     upstream = upstream if unit is None else upstream / unit
     scaled = upstream.to(head.wide) * head.slope
     rowscale = -scaled / done.norm
     own = scaled * done.rest * _own_slope(target, head.transform)
     source = _Hidden(hidden, rows, head, plan, start, stop)
     # One product makes a whole slice of dW where one block holds all rows: it rounds by itself, and once.
-    direct = dw is None or dw.dtype == head.wide
-    direct = direct or (dw is not None and dw.dtype == head.narrow and source.only is not None and unit is None)
+    whole = source.only is not None and unit is None
+    direct = dw is None or dw.dtype == head.wide or (whole and dw.dtype == head.narrow)
+    # What was there before must not be scaled back with what comes now.
+    direct = direct and (dw is None or not add or unit is None)
     scratch = _Scratch(head, plan, stop - start, dw=not direct)
 
     for place, first, last in head.slices(plan):
         w = scratch.weight(first, last)
         if dw is not None:
             dw_sums = scratch.dw(dw[first:last])
-            fresh = not add
+            fresh = not (add and direct)
         db_sums = None if db is None else torch.zeros(last - first, dtype=head.wide, device=db.device)
         for low, high, h in source.blocks():
             block = slice(low, high)
@@ -299,7 +312,7 @@ def gradient_sweep(
         if dw is not None and unit is not None:
             dw_sums.mul_(unit)
         if dw is not None and not direct:
-            dw[first:last] = dw_sums
+            dw[first:last] = dw[first:last] + dw_sums if add else dw_sums
         if db is not None and db_sums is not None:
             db_sums = db_sums if unit is None else db_sums * unit
             db[first:last] = db[first:last] + db_sums if add else db_sums

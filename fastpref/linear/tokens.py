@@ -47,6 +47,35 @@ def problem_of(
     )
 
 
+def inputs_of(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What an autograd function is given: under no_grad constants, for its `needs_input_grad` does not know of that."""
+    return tensors if torch.is_grad_enabled() else tuple(x if x is None else x.detach() for x in tensors)
+
+
+class Once(torch.autograd.Function):
+    """A gradient as it is, whose own derivative is an error: taken for a constant it would be wrong without a word.
+
+    `inputs` are what it depends on; `once_differentiable` would look at the upstream gradient alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "fastpref's log-probs have no second derivative; use fastpref.reference.token_logps where one is needed"
+        )
+
+    @staticmethod
+    def mark(found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients as a backward returns them; only with create_graph does anybody differentiate them."""
+        if not torch.is_grad_enabled():
+            return found
+        return tuple(x if x is None else Once.apply(x, *inputs) for x in found)
+
+
 class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,24 +110,47 @@ class LinearTokenLogps(torch.autograd.Function):
         return out.view(labels.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, unscaled, tiles, maxima, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+        with torch.no_grad():
+            found = LinearTokenLogps._gradients(ctx, grad, *saved)
+        return *Once.mark(found, (grad, *saved[:3])), *[None] * 3
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        unscaled: Tensor | None,
+        tiles: Tensor | None,
+        maxima: Tensor | None,
+        *saved: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         rows, plan, request = ctx.rows, ctx.plan, ctx.request
         want_dh, want_dw, want_db = ctx.needs_input_grad[:3]
         upstream = grad.flatten()[rows.places]
         if unscaled is not None:
-            dh = rows.scatter(unscaled * upstream.to(unscaled.dtype).unsqueeze(1), zeros_untouched(hidden))
-            return dh, *[None] * 5
+            dh = rows.scatter(unscaled * upstream.to(unscaled.dtype).unsqueeze(1), zero_gradient(hidden))
+            return dh, None, None
         head = head_of(weight, bias, request)
         maximum, norm, rest, target = saved
         done = Finished(maximum, maximum, norm, rest)  # the log-probs themselves are not read again
-        kept = None if tiles is None else Kept(tiles, maxima)
+        kept = None if tiles is None or maxima is None else Kept(tiles, maxima)
         with torch.autocast(hidden.device.type, enabled=False), precision(request.operand, hidden.device):
-            dh, dw, db = gradients(
+            return gradients(
                 hidden, rows, head, plan, done, target, upstream, kept=kept, want=(want_dh, want_dw, want_db)
             )
-        return dh, dw, db, *[None] * 3
+
+
+def gradient_dtype(x: Tensor, half: torch.dtype) -> torch.dtype:
+    return half if x.dtype == torch.float16 else x.dtype
+
+
+def zero_gradient(x: Tensor, half: torch.dtype = torch.float16) -> Tensor:
+    """Zeros of the shape of x, contiguous, not yet touched; for a float16 x in the dtype `half`."""
+    return zeros_untouched(x.new_empty((), dtype=gradient_dtype(x, half)).expand(x.shape))
 
 
 def gradients(
@@ -112,15 +164,17 @@ def gradients(
     *,
     kept: Kept | None,
     want: tuple[bool, bool, bool],
+    half: torch.dtype = torch.float16,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh (B, T, H), dW (V, H) and dbias (V,), those that are wanted."""
+    """dh (B, T, H), dW (V, H) and dbias (V,), those that are wanted; for float16 tensors in the dtype `half`."""
     want_dh, want_dw, want_db = want
-    dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_dw else None
-    db = torch.empty_like(head.bias) if want_db and head.bias is not None else None
+    weight, bias = head.weight, head.bias
+    dw = weight.new_empty(weight.shape, dtype=gradient_dtype(weight, half)) if want_dw else None
+    db = bias.new_empty(bias.shape, dtype=gradient_dtype(bias, half)) if want_db and bias is not None else None
     arguments: dict[str, Any] = {"kept": kept, "dw": dw, "db": db}
     dh_full = None
     if plan.two_pass and want_dh:
-        dh_full = zeros_untouched(hidden)
+        dh_full = zero_gradient(hidden, half)
         for start in range(0, len(rows), plan.row_block):
             stop = min(start + plan.row_block, len(rows))
             block_sums = torch.zeros(stop - start, hidden.shape[-1], dtype=head.wide, device=hidden.device)
@@ -136,5 +190,5 @@ def gradients(
     if sums is not None or dw is not None or db is not None:
         gradient_sweep(hidden, rows, head, plan, done, target, upstream, dh=sums, **arguments)
     if sums is not None:
-        dh_full = rows.scatter(sums, zeros_untouched(hidden))
+        dh_full = rows.scatter(sums, zero_gradient(hidden, half))
     return dh_full, dw, db
