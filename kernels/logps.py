@@ -14,16 +14,15 @@ outer·tanh(inner·x).
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .compile_report import CompileCase
+from .transform import factors_of, on_device, scaled, tanh
 
 # Not swept on a GPU yet. 4 warps of 32 threads with 8 bfloat16 each make the 1024; DEPTH 4 keeps 64 bytes a thread in
 # flight without spills.
@@ -40,40 +39,11 @@ _UNSPECIALISED += [f"{name}_stride_{axis}" for name in ("labels", "mask", "grad"
 
 
 @triton.jit
-def _tanh(u):
-    """tanh to 1.6 float32 roundings from exp alone (the interpreter has no libdevice).
-
-    Near 0, where 1 − 2/(e^2u + 1) cancels: u + u³·P(u²), a minimax fit on |u| <= 1 with relative error 4e-10.
-    """
-    square = u * u
-    near = square * 0.00012147077556569095 - 0.0008411374239102326
-    near = near * square + 0.0030785946191316696
-    near = near * square - 0.008595115092331487
-    near = near * square + 0.021784731095884035
-    near = near * square - 0.05395309848996066
-    near = near * square + 0.13333200381863003
-    near = near * square - 0.3333332930513227
-    near = near * square * u + u
-    decay = tl.exp(-2.0 * tl.abs(u))
-    far = 1.0 - 2.0 * decay / (1.0 + decay)
-    return tl.where(tl.abs(u) < 1.0, near, tl.where(u < 0, -far, far))
-
-
-@triton.jit
-def _scaled(x, factor, factor_low, EXACT: tl.constexpr):
-    """x·(factor + factor_low): a factor rounded to float32 would shift a whole row by the same relative error."""
-    scaled = x * factor
-    if not EXACT:
-        scaled += tl.where(tl.abs(x) == float("inf"), 0.0, x) * factor_low
-    return scaled
-
-
-@triton.jit
 def _transform(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
-        x = _tanh(_scaled(x, inner, inner_low, EXACT))
-    return _scaled(x, outer, outer_low, EXACT)
+        x = tanh(scaled(x, inner, inner_low, EXACT))
+    return scaled(x, outer, outer_low, EXACT)
 
 
 @triton.jit
@@ -182,12 +152,12 @@ def _gradient(
     """dL/dx of a tile: g·(onehot − p)·dz/dx, all in float32, p = exp(z − m) / s and `scale` = 1 / s."""
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
-        tanh = _tanh(_scaled(x, inner, inner_low, EXACT))
-        slope = outer * inner * (1.0 - tanh * tanh)
-        z = _scaled(tanh, outer, outer_low, EXACT)
+        t = tanh(scaled(x, inner, inner_low, EXACT))
+        slope = outer * inner * (1.0 - t * t)
+        z = scaled(t, outer, outer_low, EXACT)
     else:
         slope = outer
-        z = _scaled(x, outer, outer_low, EXACT)
+        z = scaled(x, outer, outer_low, EXACT)
     p = tl.exp(z - m) * scale
     return g * (tl.where(column == label, 1.0, 0.0) - p) * slope
 
@@ -287,8 +257,8 @@ def token_logps_forward(
     if logps.numel() == 0:
         return logps, row_max, row_sum
     mask_bytes, mask_strides = _mask_bytes(labels, mask)
-    factors = _factors(temperature, logit_scale, softcap)
-    with _on_device(logits):
+    factors = factors_of(temperature, logit_scale, softcap)
+    with on_device(logits):
         token_logps_forward_kernel[(batch * length,)](
             logits,
             labels,
@@ -337,8 +307,8 @@ def token_logps_backward(
     if out.numel() == 0:
         return out
     mask_bytes, mask_strides = _mask_bytes(labels, mask)
-    factors = _factors(temperature, logit_scale, softcap)
-    with _on_device(logits):
+    factors = factors_of(temperature, logit_scale, softcap)
+    with on_device(logits):
         token_logps_backward_kernel[(batch * length,)](
             grad,
             logits,
@@ -366,22 +336,9 @@ def token_logps_backward(
     return out
 
 
-def _factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float, float, float]:
-    """inner and outer, each as a float32 and what that leaves over."""
-    inner, outer = 1.0, logit_scale / temperature
-    if softcap:
-        inner, outer = logit_scale / softcap, softcap / temperature
-    high_inner, high_outer = float(np.float32(inner)), float(np.float32(outer))
-    return high_inner, inner - high_inner, high_outer, outer - high_outer
-
-
 def _mask_bytes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
     """The mask as bytes; without one any pointer will do, it is not read."""
     return (labels, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _compile_cases() -> list[CompileCase]:
