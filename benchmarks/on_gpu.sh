@@ -5,7 +5,7 @@
 #
 # It needs no network and no installation: Python with torch, triton, pytest, pytest-benchmark (and what tests import).
 # Parts: environment, tests on real kernels, benchmarks with the copy bandwidth, benchmarks of the linear path, block-size
-# sweep, CUDA memory check.
+# and tile sweeps, CUDA memory check.
 # Each has its own time limit, and one that fails does not stop the next. OUT_DIR receives eight files at most.
 # The exit code is the number of parts that failed.
 #
@@ -51,11 +51,13 @@ if [ -n "$dry" ]; then
     tests=("$root/tests/test_doctor.py")
     cases=tiny
     sweep=(env TRITON_INTERPRET=1 "$python" "$root/benchmarks/sweep.py" --tiny)
+    tiles=("$python" "$root/benchmarks/sweep_tiles.py" --tiny)
     device=cpu
 else
     tests=("$root/tests")
     cases=gpu
     sweep=("$python" "$root/benchmarks/sweep.py")
+    tiles=("$python" "$root/benchmarks/sweep_tiles.py")
     device=cuda
 fi
 # Tests share the GPU well; each worker takes two cores, or they fight for them.
@@ -91,16 +93,17 @@ export python dry device
 
 rm -f "$out"/{environment.txt,tests.log,benchmarks.log,benchmarks.json,linear.json,sweep.json,memcheck.log}
 part environment 30 "$out/environment.txt" bash -c environment
-part tests 200 "$out/tests.log" env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
+part tests 185 "$out/tests.log" env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
     -p no:cacheprovider -q ${workers[@]+"${workers[@]}"}
-part benchmarks 125 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks"/test_bench_lo*.py \
+part benchmarks 110 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks"/test_bench_lo*.py \
     -p no:cacheprovider -q --device-class "$cases" --results "$out/benchmarks.json"
 part linear 75 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks/test_bench_linear.py" \
     -p no:cacheprovider -q --device-class "$cases" --results "$out/linear.json"
 part sweep 60 "$out/benchmarks.log" "${sweep[@]}" --json "$out/sweep.json"
+part tiles 40 "$out/benchmarks.log" "${tiles[@]}"
 if command -v compute-sanitizer >/dev/null; then
     # Without the allocator's cache every tensor has borders that the checker sees.
-    part memcheck 45 "$out/memcheck.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    part memcheck 35 "$out/memcheck.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m fastpref.doctor --device "$device"
 else
     echo "memcheck: not run, no compute-sanitizer on the PATH" | tee -a "$parts"
@@ -118,7 +121,7 @@ fi
     echo
     sed -n '/=== fastpref ===/,/rows in /p' "$out/benchmarks.log"
     echo
-    grep -E ' (forward|backward): best ' "$out/benchmarks.log"
+    grep -E ' (forward|backward): best |^H=' "$out/benchmarks.log"
     if [ -f "$out/memcheck.log" ]; then
         grep -E 'ERROR SUMMARY|Device not supported' "$out/memcheck.log"
     fi

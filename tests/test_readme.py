@@ -38,3 +38,21 @@ def test_the_swap_runs_as_it_stands_and_agrees_with_the_truth():
     torch.testing.assert_close(names["policy"].double(), truth, rtol=1e-6, atol=0)
     assert names["out"].loss.item() == pytest.approx(0.6931472, rel=1e-6)  # equal models: ln 2
     assert head.weight.grad is not None
+
+
+def test_the_code_without_logits_runs_as_it_stands_and_agrees_with_the_truth():
+    transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    config = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    input_ids = torch.randint(13, (4, 6), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, :2] = -100
+    truth = fastpref.reference.sequence_logps(model(input_ids).logits, labels, dtype=torch.float64)
+    names = {"fastpref": fastpref, "model": model, "head": model.lm_head, "input_ids": input_ids, "labels": labels}
+    names |= {"attention_mask": torch.ones_like(input_ids), "hidden": model.transformer(input_ids).last_hidden_state}
+    names |= {"reference": truth.detach().float()}
+    exec(code, names, names)
+    torch.testing.assert_close(names["policy"].double(), truth, rtol=1e-6, atol=0)
+    assert names["out"].loss.item() == pytest.approx(0.6931472, rel=1e-5)  # its own reference: ln 2
+    assert model.lm_head.weight.grad is not None
