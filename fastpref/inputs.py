@@ -136,7 +136,8 @@ def _check_cu_seqlens(name: str, width: str, x: Tensor, cu_seqlens: Tensor | Non
 def _mask_sequence_starts(labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:  # (1, N_total)
     """The mask without each sequence's first label, which no position of its own sequence predicts."""
     total = labels.shape[1]
-    # One place more than positions: an empty last sequence starts at N_total.
+    # One place more than positions: an empty last sequence starts at N_total. Clamped, because nobody looks at offsets
+    # on a GPU, and a wrong one would end the process there; the reduction makes it NaN.
     keep = torch.ones(total + 1, dtype=torch.bool, device=labels.device)
-    keep = keep.index_fill(0, cu_seqlens[:-1].long(), False)[:total].unsqueeze(0)
+    keep = keep.index_fill(0, cu_seqlens[:-1].long().clamp(0, total), False)[:total].unsqueeze(0)
     return keep if mask is None else keep & mask

@@ -120,9 +120,9 @@ def model_logps(
     with call.autocast:
         _check_logits(causal_lm, getattr(outputs, "logits", None), call, weight, bias, applied)
         found = linear_sequence_logps(
-            call.hidden,
+            call.hidden.to(weight.device),  # a model may be spread over several devices
             weight,
-            labels.to(call.hidden.device),  # a model may be spread over several devices
+            labels.to(weight.device),
             bias=bias,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -277,7 +277,7 @@ def _check_logits(
         )
     if not call.probes.shape[1]:
         return
-    product = linear(call.probes, weight, bias)
+    product = linear(call.probes.to(weight.device), weight, bias)
     want, limits = transforms(product.float()), torch.finfo(product.dtype)
     got, size = logits.to(want.device).float(), want.abs().amax(-1, keepdim=True)
     # A row of zeros agrees with every scale, and one that overflows with nothing.
@@ -285,6 +285,9 @@ def _check_logits(
     tells = (size > 0) & (largest < limits.max / 4)
     # The model rounds a few times, in its own precision.
     near = (got - want).abs() <= max(4 * limits.eps, 1e-5) * size
+    # Its roundings average out over a row, what it multiplies by does not.
+    ratio = (got * want).sum(-1, keepdim=True) / want.square().sum(-1, keepdim=True)
+    near &= (ratio - 1).abs() <= max(limits.eps, 1e-5)
     wrong = (tells & ~near).nonzero().tolist()
     if wrong:
         _, row, column = wrong[0]

@@ -80,11 +80,12 @@ def fold_kernel(
     inner_low,
     outer,
     outer_low,
+    keep_scale,
     HAS_SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """new = max(m, max z), s' = s·exp(m − new) + Σ exp(z − new), kept = exp(z − new)·slope; one program a row.
+    """new = max(m, max z), s' = s·exp(m − new) + Σ exp(z − new), kept = keep_scale·exp(z − new)·slope; a program a row.
 
     Maximum and sum are over the columns other than the label's. Reads 4·C bytes a row (and the bias); writes
     C·itemsize where it keeps; 12 to 28 bytes of running values.
@@ -118,7 +119,7 @@ def fold_kernel(
     if rescale is not None:
         tl.store(rescale + row, carried)
     if out is not None:
-        kept = tl.where(counted, e * slope, 0.0)  # the slope of a label's NaN is NaN
+        kept = tl.where(counted, keep_scale * (e * slope), 0.0)  # the slope of a label's NaN is NaN
         tl.store(out + row * out_stride + column, kept.to(out.dtype.element_ty), mask=inside)
 
 
@@ -205,12 +206,13 @@ def fold(
     softcap: float | None,
     out: Tensor | None = None,  # (R, C) any float dtype, last stride 1
     rescale: Tensor | None = None,  # (R,) float32
+    keep_scale: float = 1.0,
     num_warps: int | None = None,
 ) -> None:
     """Takes a tile into `maximum`, `total` and `target`, in place.
 
-    `out` receives exp(z − base)·slope, 0 at the label, with base the new maximum or 0 where that is −inf; `rescale` the
-    factor exp(old maximum − base), by which what was kept of earlier tiles has shrunk.
+    `out` receives keep_scale·exp(z − base)·slope, 0 at the label, with base the new maximum or 0 where that is −inf;
+    `rescale` the factor exp(old maximum − base), by which what was kept of earlier tiles has shrunk.
     """
     rows, columns = x.shape
     if rows == 0 or columns == 0:
@@ -232,6 +234,7 @@ def fold(
             x.stride(0),
             0 if out is None else out.stride(0),
             *factors,
+            keep_scale,
             HAS_SOFTCAP=bool(softcap),
             EXACT=factors[1] == factors[3] == 0.0,
             BLOCK=block,
@@ -328,7 +331,8 @@ def _compile_cases() -> list[CompileCase]:
     values = {"x": "*fp32:16", "labels": "*i64", "start": "i32"}
     values |= dict.fromkeys(["inner", "inner_low", "outer", "outer_low"], "fp32")
     values |= dict.fromkeys(["maximum", "total", "target"], "*fp32")
-    keeping = {**values, "rescale": "*fp32", "out": "*{dtype}:16"}
+    folding = {**values, "keep_scale": "fp32"}
+    keeping = {**folding, "rescale": "*fp32", "out": "*{dtype}:16"}
     kept = {"kept": "*{dtype}:16", "labels": "*i64", "start": "i32", "rowscale": "*fp32", "own": "*fp32"}
     kept |= {"out": "*{dtype}:16"}
     logits = {name: kind for name, kind in (values | kept).items() if name not in ("total", "target", "kept")}
@@ -340,7 +344,7 @@ def _compile_cases() -> list[CompileCase]:
 
     cases = []
     for columns, signature, constants, note in (
-        (4096, values | biased | even, {**capped, "out": None, "rescale": None}, "C % 16 == 0, bias, softcap, values"),
+        (4096, folding | biased | even, {**capped, "out": None, "rescale": None}, "C % 16 == 0, bias, softcap, values"),
         (4096, keeping | even, plain, "C % 16 == 0, keeping"),
         (MAX_COLUMNS, keeping | biased | odd, capped, "odd C, bias, softcap, keeping"),
     ):

@@ -72,6 +72,14 @@ def test_a_model_that_does_something_unknown_to_its_logits_raises_in_every_call(
             model_logps(model, batch)
 
 
+def test_a_scale_of_two_percent_is_found_out_in_bfloat16(batch: dict[str, Tensor]) -> None:
+    """Entry by entry it could be rounding; over a row it cannot."""
+    model = build(after_head(lambda x: x * 1.02)).bfloat16()
+    with pytest.raises(ValueError, match="does something to its logits"):
+        model_logps(model, batch)
+    model_logps(build(after_head(lambda x: x)).bfloat16(), batch)
+
+
 def test_the_message_of_a_mismatch_shows_both_values_and_what_to_do(batch: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="transforms=") as raised:
         model_logps(build(after_head(lambda x: x * 2)), batch)

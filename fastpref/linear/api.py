@@ -53,8 +53,8 @@ def linear_token_logps(
         labels: (B, T) or (N_total,) integers in [0, V), or `ignore_index`.
         bias: (V,), the head's.
         memory_budget: bytes, or text like "512MiB": what forward and backward may take beyond inputs, outputs and
-            gradients; 1 GiB by default. ValueError, naming the least, where one tile does not fit. On a CPU libraries
-            may hold a few MiB of their own besides.
+            gradients; 1 GiB by default. ValueError, naming the least, where one tile does not fit. Libraries may hold
+            some MiB of their own besides (cuBLAS a workspace of 32 MiB on Hopper).
 
     Returns:
         float32, the shape of `labels`, each label's value where the label stands; 0 where it is not scored. Rows that
@@ -170,6 +170,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, hidden states are on {hidden.device}; move one of them")
+    for name, wide in (("hidden states", hidden), ("weight", weight)):
+        if wide.dtype.itemsize < 2:
+            raise TypeError(f"{name} must have 16 bits or more, got {describe(wide)}; convert to bfloat16")
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype)
     if bias is not None:

@@ -20,8 +20,11 @@ from fastpref.linear.sweeps import Finished, fold_sweep
 from fastpref.linear.tokens import Request, gradients, head_of, problem_of
 from fastpref.tiled import Transform
 
+# They look at how many rows are scored, which a CUDA graph cannot record.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("fastpref::linear_token_logps", mutates_args=())
+
+@torch.library.custom_op("fastpref::linear_token_logps", mutates_args=(), tags=_TAGS)
 def linear_token_logps_op(
     hidden: Tensor,  # (B, T, H)
     weight: Tensor,  # (V, H)
@@ -53,7 +56,7 @@ def _(hidden, weight, bias, labels, mask, shift, ignore_index, transform, operan
     return hidden.new_empty(labels.shape, dtype=wide), hidden.new_empty((4, labels.numel()), dtype=wide)
 
 
-@torch.library.custom_op("fastpref::linear_token_logps_backward", mutates_args=())
+@torch.library.custom_op("fastpref::linear_token_logps_backward", mutates_args=(), tags=_TAGS)
 def linear_token_logps_backward_op(
     grad: Tensor,  # (B, T)
     saved: Tensor,  # (4, B·T)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fastpref.checks import describe
+from fastpref.linear.rows import GATHERED, PIECE
 
 MIB = 2**20
 DEFAULT_BUDGET = 1024 * MIB
@@ -139,10 +140,13 @@ def _tile_bytes(problem: Problem, machine: Machine, row_block: int, columns: int
     if problem.weight_dtype != operand:
         total += columns * H * operand.itemsize
     total += row_block * H * operand.itemsize  # gathered, or widened
+    total += min(row_block, PIECE) * H * problem.hidden_dtype.itemsize  # on the way there
     # A slice of dW apart from dW: float16 is scaled, and scaled back before it meets what was there.
     scaled = problem.operand == torch.float16 and not machine.upcast
     if backward and problem.weight and (problem.weight_dtype.itemsize != wide or scaled):
         total += columns * H * wide
+    if problem.hidden and not problem.weight:  # dh takes the labels' rows of the head, a few at a time
+        total += min(row_block, GATHERED) * H * (problem.weight_dtype.itemsize + wide)
     # Statistics, labels and weights of all rows, and small temporaries of a block.
     return total + problem.rows * 64 + row_block * 32
 

@@ -88,14 +88,14 @@ def linear_preference_loss(
 
     Returns:
         LinearPreferenceOutput. Only `loss` can be differentiated, once: the backward hands the gradients over, scaled
-        by what arrives (those of float16 tensors are float32 until then, so that a loss scale works). A backward
-        through `losses` raises instead of dropping gradients.
+        by what arrives; those of float16 tensors are float32 until then, beyond the budget, so that a loss scale
+        works. A backward through `losses` raises instead of dropping gradients.
 
     Raises:
         As `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of sequences.
     """
     chosen_loss = _check_loss(loss, beta, loss_options)
-    reduction = check_choice("reduction", reduction or chosen_loss.reduction, ("sum", "mean"))
+    reduction = chosen_loss.reduction if reduction is None else check_choice("reduction", reduction, ("sum", "mean"))
     options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
     check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
     operand = check_head(hidden, weight, bias)
@@ -127,6 +127,7 @@ class _Loss:
     function: LossFunction | None
     beta: float
     options: dict[str, Any]
+    grad: bool = False  # whether the caller has gradients on
 
     @property
     def reduction(self) -> str:
@@ -140,9 +141,11 @@ class _Loss:
             return preference_loss(chosen, rejected, ref_chosen, ref_rejected, **named)
         assert self.function is not None
         losses = self.function(chosen, rejected, ref_chosen, ref_rejected)
-        if not isinstance(losses, Tensor) or losses.shape not in (chosen.shape, torch.Size()):
+        floating = isinstance(losses, Tensor) and losses.is_floating_point()
+        if not floating or losses.shape not in (chosen.shape, torch.Size()):
             raise ValueError(
-                f"a callable loss must return {tuple(chosen.shape)} losses or a scalar tensor, got {describe(losses)}"
+                f"a callable loss must return {tuple(chosen.shape)} losses or a scalar tensor, got {describe(losses)}; "
+                "a floating-point dtype is needed"
             )
         rewards = [
             self.beta * (policy.detach() if ref is None else policy.detach() - ref)
@@ -159,7 +162,7 @@ def _check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) 
                 f"a callable loss takes no options here, got {', '.join(map(repr, options))}: bind them, for instance "
                 "with functools.partial"
             )
-        return _Loss(None, loss, beta, {})
+        return _Loss(None, loss, beta, {}, grad=torch.is_grad_enabled())
     spec = get_loss(loss)
     return _Loss(spec, None, beta, spec.check_options(options))
 
@@ -249,9 +252,12 @@ class _LinearPreference(torch.autograd.Function):
                         found = gradients(
                             hidden, rows, head, plan, done, target, upstream, kept=kept, want=want, half=_HALF
                         )
+                elif loss.grad:
+                    output, _ = _attached(loss, logps, ref_logps)
                 else:
                     output = loss(logps, ref_logps)
-        ctx.gradients, ctx.inputs = found, (hidden, weight, bias)
+        ctx.gradients, ctx.dtypes = found, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(hidden, weight, bias)  # for create_graph alone
         ctx.set_materialize_grads(False)
         metrics = [output.chosen_rewards, output.rejected_rewards, output.penalty, *logps.chunk(2)]
         metrics = [x if x is None else x.detach().clone() for x in metrics]
@@ -272,13 +278,14 @@ class _LinearPreference(torch.autograd.Function):
                 "a second backward through linear_preference_loss: the first one has handed its gradients over; call "
                 "the function again, or use linear_sequence_logps with preference_loss"
             )
-        (found, inputs), ctx.gradients, ctx.inputs = (ctx.gradients, ctx.inputs), None, None
+        found, ctx.gradients = ctx.gradients, None
         # On a GPU to look at the value would be to wait for it.
         if grad.device.type != "cpu" or grad.item() != 1.0:
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(grad.detach())
-        found = tuple(x if x is None else x.to(like.dtype) for x, like in zip(found, inputs, strict=True))
+        found = tuple(x if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
+        inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
         return (*Once.mark(found, (grad, *inputs)), *[None] * 7)
 
 
@@ -288,14 +295,20 @@ def _coefficients(
     ref_logps: Tensor | None,
 ) -> tuple[PreferenceOutput, Tensor]:
     """The loss, and the derivatives (2P,) of its mean by each sequence's log-prob, by autograd on 2P numbers."""
+    output, policy = _attached(loss, logps, ref_logps)
+    if not output.loss.requires_grad:
+        raise ValueError("the loss does not depend on the policy's log-probs: a callable must not detach them")
+    (slopes,) = torch.autograd.grad(output.loss, policy)
+    return output, slopes
+
+
+def _attached(loss: _Loss, logps: Tensor, ref_logps: Tensor | None) -> tuple[PreferenceOutput, Tensor]:
+    """The loss with a history that begins at the log-probs (2P,), which are returned too."""
     with torch.enable_grad():
         policy = logps.detach().requires_grad_()
         output = loss(policy, ref_logps)
-        if not output.loss.requires_grad:
-            raise ValueError("the loss does not depend on the policy's log-probs: a callable must not detach them")
-        _refuse_other_leaves(output.loss, policy)
-        (slopes,) = torch.autograd.grad(output.loss, policy)
-    return output, slopes
+    _refuse_other_leaves(output.loss, policy)
+    return output, policy
 
 
 def _refuse_other_leaves(loss: Tensor, policy: Tensor) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastpref.backend import validate_labels
 from fastpref.tiled import check_labels_in_range, scored_labels
+
+# Rows that are converted or gathered at a time: what that takes besides stays small beside a tile.
+PIECE = 1024
+# Rows of the head that are gathered at a time, and widened.
+GATHERED = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ class Rows:
         if self.run is not None:
             flat[self.run + start : self.run + start + len(values)] = values
         else:
-            flat[self.index[start : start + len(values)]] = values.to(out.dtype)
+            for low in range(0, len(values), PIECE):
+                piece = values[low : low + PIECE]
+                flat[self.index[start + low : start + low + len(piece)]] = piece.to(out.dtype)
         return out
 
     def spread(self, values: Tensor, *, mean: bool) -> Tensor:  # (N,)
@@ -80,11 +88,13 @@ def find_rows(
         return Rows(empty, empty, [0] * len(lengths), lengths, (batch, length), None, shift)
     # One trip to the host for everything that it has to know.
     ends = [flat.sum()[None], flat.int().argmax()[None], flat.flip(0).int().argmax()[None]]
-    *counts, total, first, behind = torch.cat([lengths, *ends]).tolist()
-    if min(counts, default=0) < 0 or sum(counts) != total:  # offsets that nobody has looked at on a GPU
+    offsets = [] if cu_seqlens is None else [cu_seqlens.long()]
+    known = torch.cat([lengths, *ends, *offsets]).tolist()
+    counts, (total, first, behind), given = known[: len(lengths)], known[len(lengths) :][:3], known[len(lengths) + 3 :]
+    # On a GPU nobody has looked at the offsets before.
+    if given and (given[0] != 0 or given[-1] != flat.numel() or any(a > b for a, b in pairwise(given))):
         raise ValueError(
-            f"cu_seqlens must begin with 0, never decrease and end with N_total = {flat.numel()}: its sequences hold "
-            f"{counts[:20]} of {total} scored rows"
+            f"cu_seqlens must begin with 0, never decrease and end with N_total = {flat.numel()}, got {given[:20]}"
         )
     last = flat.numel() - 1 - behind
     run = first if total and last - first + 1 == total else None

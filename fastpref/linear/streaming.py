@@ -18,7 +18,7 @@ from fastpref.linear.rows import Rows
 from fastpref.linear.sweeps import Head, Kept, fold_sweep, gradient_sweep
 from fastpref.linear.tokens import gradient_dtype, zero_gradient
 from fastpref.losses.margin import rejected_per_chosen
-from fastpref.losses.spec import MarginForm
+from fastpref.losses.spec import MarginForm, common_dtype
 from fastpref.ops import sequence_reduce_op
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -55,10 +55,13 @@ def stream(
             count = rows.counts[sequence]
             logps[sequence] = state.run(starts[sequence], count, weight / count if mean and count else weight, mean)
             if sequence == pair:
-                weight = rejected_per_chosen(logps[sequence] - ref_logps[sequence].to(head.wide), form)
-        both = [pair, pair + pairs]
-        slopes = coefficients(logps[both], ref_logps[both]) / pairs
-        state.finish_pair(slopes[0], [(starts[s], rows.counts[s]) for s in both])
+                # In the dtype in which the loss will compute the same difference: at 0 a rounding decides its sign.
+                dtype = common_dtype(logps, ref_logps)
+                c = logps[sequence].to(dtype) - ref_logps[sequence].to(dtype)
+                weight = rejected_per_chosen(c, form).to(head.wide)
+        # A view: a list of two numbers as an index would make a GPU wait.
+        slopes = coefficients(logps[pair::pairs], ref_logps[pair::pairs]) / pairs
+        state.finish_pair(slopes[0], [(starts[s], rows.counts[s]) for s in (pair, pair + pairs)])
     return logps, state.results()
 
 

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from fastpref.linear.plan import Machine, Plan, accumulator_dtype, kept_dtype, operand_dtype
 from fastpref.linear.products import multiply
-from fastpref.linear.rows import Rows
+from fastpref.linear.rows import GATHERED, PIECE, Rows
 from fastpref.linear.tiles import fold, gradient_from_kept, gradient_from_logits
 from fastpref.tiled import Transform
 
-# Rows of the head that are gathered at a time: their float32 copies stay small beside a tile.
-_GATHERED = 256
 # Half of float16's range is left for what rounds upwards.
 _TOP = 2.0**14
 
@@ -50,6 +48,11 @@ class Head:
     def slope(self) -> float:
         """The constant factor of dz/dx."""
         return self.transform.logit_scale / self.transform.temperature
+
+    @staticmethod
+    def keep_scale(tile: Tensor) -> float:
+        """What exp(z − max) is multiplied by in a tile: float16 would lose what is below 6e-8 of a row's maximum."""
+        return _TOP if tile.dtype == torch.float16 else 1.0
 
     def slices(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
         vocab = self.weight.shape[0]
@@ -150,12 +153,24 @@ class _Hidden:
     """The rows of the hidden states as an operand: made once where one block holds them all, else block by block."""
 
     def __init__(self, hidden: Tensor, rows: Rows, head: Head, plan: Plan, start: int, stop: int) -> None:
-        self.hidden, self.rows, self.dtype, self.start, self.stop = hidden, rows, head.narrow, start, stop
+        self.hidden, self.rows, self.start, self.stop = hidden, rows, start, stop
         self.size = plan.row_block
+        count = min(self.size, stop - start)
+        # Where rows follow each other in the operand's own dtype they are taken as they are.
+        self.buffer = None
+        if rows.run is None or hidden.dtype != head.narrow:
+            self.buffer = hidden.new_empty(count, hidden.shape[-1], dtype=head.narrow)
         self.only = self._make(0, stop - start) if stop - start <= self.size else None
 
     def _make(self, low: int, high: int) -> Tensor:
-        return self.rows.gather(self.hidden, self.start + low, self.start + high).to(self.dtype)
+        if self.buffer is None:
+            return self.rows.gather(self.hidden, self.start + low, self.start + high)
+        block = self.buffer[: high - low]
+        for begin in range(0, high - low, PIECE):
+            piece = block[begin : begin + PIECE]
+            first = self.start + low + begin
+            piece.copy_(self.rows.gather(self.hidden, first, first + len(piece)))
+        return block
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first, past the last, rows (R, H)), counted from the start of the span."""
@@ -181,9 +196,11 @@ def fold_sweep(
     labels = rows.labels[start:stop]
     statistics = Statistics.begin(stop - start, head)
     scratch = _Scratch(head, plan, stop - start)
+    size = min(plan.row_block, stop - start)
+    all_sums = None if dh is None else hidden.new_empty(size, hidden.shape[-1], dtype=head.wide)
     for low, high, h in _Hidden(hidden, rows, head, plan, start, stop).blocks():
         running = statistics.span(low, high)
-        sums = None if dh is None else torch.zeros(high - low, h.shape[1], dtype=head.wide, device=h.device)
+        sums = None if all_sums is None else all_sums[: high - low].zero_()
         rescale = None if dh is None else torch.empty_like(running.maximum)
         for place, first, last in head.slices(plan):
             w = scratch.weight(first, last)
@@ -204,25 +221,32 @@ def fold_sweep(
                 transform=head.transform,
                 out=out,
                 rescale=rescale,
+                keep_scale=1.0 if out is None else head.keep_scale(out),
             )
             if sums is not None and out is not None and rescale is not None:
                 multiply(out, w, sums.mul_(rescale.unsqueeze(1)), add=True)
             elif out is not None and kept is not None:
                 kept.maxima[place, low:high] = running.maximum
         if sums is not None and dh is not None:
-            dh[low:high] = _dh_of_logps(sums, running, labels[low:high], head)
+            dh[low:high] = _dh_of_logps(sums, running, labels[low:high], head, head.keep_scale(scratch.tile(0, 0)))
     return statistics.finish(), statistics.target
 
 
-def _dh_of_logps(sums: Tensor, running: Statistics, labels: Tensor, head: Head) -> Tensor:  # (R, H), in sums' memory
-    """slope·((1 − p_y)·W[y] − Σ p_j·W[j]); `sums` holds the sum over the other columns, relative to the maximum."""
+def _dh_of_logps(
+    sums: Tensor,  # (R, H), overwritten
+    running: Statistics,
+    labels: Tensor,  # (R,)
+    head: Head,
+    keep_scale: float,
+) -> Tensor:  # (R, H)
+    """slope·((1 − p_y)·W[y] − Σ p_j·W[j]); `sums` holds keep_scale times the sum over the others, by the maximum."""
     done = running.finish()
-    others = torch.exp(running.maximum - done.maximum) / done.norm
+    others = torch.exp(running.maximum - done.maximum) / (done.norm * keep_scale)
     sums.mul_((-head.slope * others).unsqueeze(1))
     own = head.slope * done.rest * _own_slope(running.target, head.transform)
     index = labels.clamp(0, head.weight.shape[0] - 1)
-    for low in range(0, len(labels), _GATHERED):
-        part = slice(low, low + _GATHERED)
+    for low in range(0, len(labels), GATHERED):
+        part = slice(low, low + GATHERED)
         sums[part].addcmul_(head.weight[index[part]].to(sums.dtype), own[part].unsqueeze(1))
     return sums
 
@@ -270,9 +294,8 @@ def gradient_sweep(
     rowscale = -scaled / done.norm
     own = scaled * done.rest * _own_slope(target, head.transform)
     source = _Hidden(hidden, rows, head, plan, start, stop)
-    # One product makes a whole slice of dW where one block holds all rows: it rounds by itself, and once.
-    whole = source.only is not None and unit is None
-    direct = dw is None or dw.dtype == head.wide or (whole and dw.dtype == head.narrow)
+    # Not in 16 bits, even where one product makes a whole slice: cuBLAS may round its partial sums then.
+    direct = dw is None or dw.dtype == head.wide
     # What was there before must not be scaled back with what comes now.
     direct = direct and (dw is None or not add or unit is None)
     scratch = _Scratch(head, plan, stop - start, dw=not direct)
@@ -287,8 +310,9 @@ def gradient_sweep(
             block = slice(low, high)
             dz = scratch.tile(high - low, last - first)
             if kept is not None and place < len(kept.tiles):
-                factor = rowscale[block] * torch.exp(kept.maxima[place, block] - done.maximum[block])
                 tile = kept.tiles[place, block, : last - first]
+                factor = torch.exp(kept.maxima[place, block] - done.maximum[block]) / head.keep_scale(tile)
+                factor *= rowscale[block]
                 gradient_from_kept(tile, labels[block], factor, own[block], dz, start=first)
             else:
                 gradient_from_logits(

@@ -34,16 +34,17 @@ def fold(
     transform: Transform,
     out: Tensor | None = None,  # (R, C), any dtype; may be x
     rescale: Tensor | None = None,  # (R,)
+    keep_scale: float = 1.0,
 ) -> None:
     """Folds a tile into each row's running maximum m and sum s = Σ exp(z − m) over the columns that are not its label.
 
-    `target` receives z of the label where the tile has it, `out` exp(z − m)·slope with 0 for the label, and `rescale`
-    exp(m_before − m): what earlier sums must be multiplied by.
+    `target` receives z of the label where the tile has it, `out` keep_scale·exp(z − m)·slope with 0 for the label, and
+    `rescale` exp(m_before − m): what earlier sums must be multiplied by.
     """
     if _runs_triton(x):
         from fastpref.kernels import linear as kernels
 
-        options: dict[str, Any] = {"out": out, "rescale": rescale, **_factors(transform)}
+        options: dict[str, Any] = {"out": out, "rescale": rescale, "keep_scale": keep_scale, **_factors(transform)}
         kernels.fold(x, labels, bias, maximum, total, target, start=start, **options)
         return
     if bias is not None:
@@ -64,6 +65,8 @@ def fold(
     if out is not None:
         if tanh is not None:
             x.mul_(tanh.square_().neg_().add_(1.0))
+        if keep_scale != 1.0:
+            x.mul_(keep_scale)
         if out is not x:
             out.copy_(x)
 

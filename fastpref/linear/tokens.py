@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpref.linear.plan import Plan, Problem, machine_of, plan_tokens
 from fastpref.linear.products import precision
-from fastpref.linear.rows import Rows, find_rows
+from fastpref.linear.rows import PIECE, Rows, find_rows
 from fastpref.linear.sweeps import Finished, Head, Kept, fold_sweep, gradient_sweep
 from fastpref.tiled import Transform, zeros_untouched
 
@@ -132,7 +132,11 @@ class LinearTokenLogps(torch.autograd.Function):
         want_dh, want_dw, want_db = ctx.needs_input_grad[:3]
         upstream = grad.flatten()[rows.places]
         if unscaled is not None:
-            dh = rows.scatter(unscaled * upstream.to(unscaled.dtype).unsqueeze(1), zero_gradient(hidden))
+            dh = zero_gradient(hidden)
+            upstream = upstream.to(unscaled.dtype).unsqueeze(1)
+            for low in range(0, len(rows), PIECE):
+                part = slice(low, low + PIECE)
+                rows.scatter(unscaled[part] * upstream[part], dh, start=low)
             return dh, None, None
         head = head_of(weight, bias, request)
         maximum, norm, rest, target = saved
