@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from fastpref.linear.peaks import CHUNK, Step
 from fastpref.linear.plan import parse_budget
 from fastpref.losses import get_loss
 from fastpref.models import SOFTCAPS
+from fastpref.options import Parser, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TITLES = {
@@ -40,19 +41,10 @@ NOTES = (
 )
 
 
-class _UsageError(ValueError):
-    """Options that do not parse. The message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; fastpref plan --help lists the options")
-
-
 def _bytes(text: str) -> int:
     try:
-        count = parse_budget(int(text) if text.strip().isdecimal() else text)
-    except (ValueError, OverflowError) as error:
+        count = parse_budget(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("memory_budget ")) from None
     if count > LARGEST_MEMORY:
         raise argparse.ArgumentTypeError(f"must be at most {LARGEST_MEMORY} bytes, got {text!r}")
@@ -79,8 +71,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fastpref plan",
         description="Print what the head of a model needs in a preference step: peak memory and products of the usual "
         "ways and of fastpref, the plan that fastpref makes and why, and the longest sequence that fits.",
@@ -136,11 +128,11 @@ def _step(options: argparse.Namespace) -> Step:
     sizes = (options.hidden_size, options.vocab_size)
     if options.model is not None:
         if sizes != (None, None):
-            raise _UsageError("give --model, or --hidden_size and --vocab_size, not both")
+            raise UsageError("give --model, or --hidden_size and --vocab_size, not both")
         hidden_size, vocab, softcap = _read_head(options.model)
     else:
         if None in sizes:
-            raise _UsageError("give --model, or both --hidden_size and --vocab_size")
+            raise UsageError("give --model, or both --hidden_size and --vocab_size")
         hidden_size, vocab, softcap = *sizes, False
     return Step(
         pairs=options.pairs,

@@ -5,24 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
 from fastpref.demo.run import FULL, QUICK, claim, run_demo
+from fastpref.options import Parser
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
 LARGEST_SEED = 2**31 - 1
-
-
-class _UsageError(ValueError):
-    """Options that do not parse. The message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}; fastpref demo --help lists the options")
 
 
 def _seed(text: str) -> int:
@@ -35,8 +26,8 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fastpref demo",
         description="Make a preference set and a small model, align the model with DPO and with DPOP, and show what "
         "each did. Nothing is downloaded; about two minutes on two CPU cores.",

@@ -301,7 +301,9 @@ def gradient_sweep(
     scratch = _Scratch(head, plan, stop - start, dw=not direct)
 
     for place, first, last in head.slices(plan):
-        w = scratch.weight(first, last)
+        have = kept is not None and place < len(kept.tiles)
+        # A kept tile needs the weight for dh alone.
+        w = scratch.weight(first, last) if dh is not None or not have else head.weight[first:last]
         if dw is not None:
             dw_sums = scratch.dw(dw[first:last])
             fresh = not (add and direct)
@@ -309,7 +311,7 @@ def gradient_sweep(
         for low, high, h in source.blocks():
             block = slice(low, high)
             dz = scratch.tile(high - low, last - first)
-            if kept is not None and place < len(kept.tiles):
+            if have and kept is not None:
                 tile = kept.tiles[place, block, : last - first]
                 factor = torch.exp(kept.maxima[place, block] - done.maximum[block]) / head.keep_scale(tile)
                 factor *= rowscale[block]

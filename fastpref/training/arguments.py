@@ -12,13 +12,10 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from fastpref.checks import describe
+from fastpref.options import UsageError
 from fastpref.training.config import TrainConfig
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
-
-
-class UsageError(ValueError):
-    """Options that do not parse. The message is one line."""
 
 
 class _Parser(HfArgumentParser):
