@@ -2,60 +2,60 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-# The suites import their neighbours by name, and so does memory_worker.py.
-sys.path.insert(0, os.path.dirname(__file__))
+from fastpref.benchmarks.cases import DEVICE_CLASSES
+from fastpref.benchmarks.promises import judge
+from fastpref.benchmarks.runner import Run
+from fastpref.benchmarks.tables import tables
 
-import results
-import results_linear
-from cases import DEVICE_CLASSES
-from session import RUN, Run
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastpref")
     group.addoption("--device-class", choices=["auto", *DEVICE_CLASSES], default="auto", help="which set of cases")
-    group.addoption("--results", type=Path, help="write the rows to this JSON file")
+    group.addoption("--results", type=Path, help="write the rows to this JSON file, one by one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--collect-only"):
-        return
     try:
-        config.stash[RUN] = Run(config.getoption("--device-class"))
+        config.stash[RUN] = Run(config.getoption("--device-class"), config.getoption("--results"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    entries = metafunc.config.stash[RUN].entries()
+    names = [f"{entry.suite.name}-{entry.case.name}-{entry.provider}-{entry.mode}" for entry in entries]
+    metafunc.parametrize("entry", entries, ids=names)
+
+
 @pytest.fixture(scope="session")
 def run(pytestconfig: pytest.Config) -> Iterator[Run]:
-    yield pytestconfig.stash[RUN]
-    pytestconfig.stash[RUN].worker.close()
+    run = pytestconfig.stash[RUN]
+    yield run
+    run.close()
+    run.save(complete=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if RUN not in config.stash or not config.stash[RUN].rows:
+    run = config.stash.get(RUN, None)
+    if run is None or not run.rows:
         return
-    run = config.stash[RUN]
-    head = results.environment(run.device, run.device_class, run.copy_gb_per_s)
     terminalreporter.section("fastpref")
-    terminalreporter.write_line(f"{head['device']}; copy {run.copy_gb_per_s:.1f} GB/s; {head['date']}")
-    linear = [row for row in run.rows if row["suite"] == "linear"]
-    others = [row for row in run.rows if row["suite"] != "linear"]
-    lines = []
-    if others:
-        lines += [*results.table(others).splitlines(), *results.headline(others)]
-    if linear:
-        lines += [*results_linear.table(linear).splitlines(), *results_linear.promises(linear, run.device_class)]
-    for line in lines:
+    copy = run.head["copy_gb_per_s"]
+    terminalreporter.write_line(f"{run.head['device']}; copy {copy:.1f} GB/s; {run.head['date']}")
+    console = Console(width=max(120, terminalreporter._tw.fullwidth))
+    with console.capture() as capture:
+        for table in tables(run.rows):
+            console.print(table)
+    for line in [*capture.get().splitlines(), *map(str, judge(run.rows, run.device_class))]:
         terminalreporter.write_line(line)
-    if (path := config.getoption("--results")) is not None:
-        results.write(path, head, run.rows)
-        terminalreporter.write_line(f"{len(run.rows)} rows in {path}")
+    if run.path is not None:
+        terminalreporter.write_line(f"{len(run.rows)} rows in {run.path}")

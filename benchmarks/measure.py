@@ -11,14 +11,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
 import torch
-from cases import LogpsCase
 from torch import Tensor
 
 # About half a millisecond: longer than Python takes to enqueue a forward and a backward.
@@ -26,7 +25,6 @@ SLEEP_CYCLES = 1_000_000
 # Inputs rotate until together they are larger than any last-level cache, but no more than this often.
 CACHE_BYTES = 256 * 2**20
 MAX_COPIES = 4
-TRUTH_ROWS = 4
 
 
 def is_gpu(device: str) -> bool:
@@ -93,7 +91,7 @@ def copy_bandwidth(device: str, size: int) -> float:
     return 2 * size / median(timer.seconds()) / 1e9
 
 
-def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> dict[str, int]:
+def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> dict[str, int]:
     """The allocator's peak beyond what is there before the call, and the gradients' part of it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -105,9 +103,13 @@ def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
     return {"peak_bytes": peak, "gradient_bytes": fresh, "peak_beyond_gradient_bytes": peak - fresh}
 
 
-def gradient_bytes(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> int:
+def tensors_of(inputs: Sequence[Any]) -> list[Tensor]:
+    return [x for x in inputs if isinstance(x, Tensor)]
+
+
+def gradient_bytes(gradients: Sequence[Tensor], inputs: Sequence[Any]) -> int:
     """Bytes of gradients that have memory of their own; one written over its input has none."""
-    taken = {x.data_ptr() for x in inputs}
+    taken = {x.data_ptr() for x in tensors_of(inputs)}
     return sum(g.numel() * g.element_size() for g in gradients if g.data_ptr() not in taken)
 
 
@@ -127,53 +129,22 @@ class MemoryWorker:
         if to_worker is None or from_worker is None:
             raise RuntimeError("memory_worker.py was started without pipes")
         print(json.dumps(question), file=to_worker, flush=True)
-        answer = from_worker.readline()
-        if not answer:
-            raise RuntimeError(f"memory_worker.py ended with code {self.process.wait()} at {question}")
-        return json.loads(answer)
+        line = from_worker.readline()
+        if not line:
+            code, self.process = self.process.wait(), None
+            raise MemoryError(f"the process that measures memory ended with code {code}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"while its memory was measured: {answer['error']}")
+        return answer
 
     def close(self) -> None:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
             self.process.wait(timeout=60)
+            self.process = None
 
 
-@dataclass(frozen=True)
-class LogpsTruth:
-    """float64 values of the first sequence and gradients of a few rows, from the logits as they are stored."""
-
-    value: float  # of sequence 0
-    rows: list[int]  # of sequence 0
-    gradients: Tensor  # (len(rows), V) float64
-    scored: int
-
-    @classmethod
-    def of(cls, case: LogpsCase, logits: Tensor, labels: Tensor, upstream: Tensor) -> LogpsTruth:
-        first = case.length - case.scored_per_sequence - 1  # row t predicts label t + 1
-        rows = list(range(first, case.length - 1))
-        total, gradients = 0.0, {}
-        step = max(1, len(rows) // TRUTH_ROWS)
-        wanted = rows[::step][:TRUTH_ROWS]
-        for row in rows:
-            logps = logits[0, row].detach().double().log_softmax(-1)
-            label = int(labels[0, row + 1])
-            total += float(logps[label])
-            if row in wanted:
-                gradient = -logps.exp()
-                gradient[label] += 1
-                gradients[row] = gradient * float(upstream[0])
-        return cls(total, wanted, torch.stack([gradients[row] for row in wanted]), len(rows))
-
-    def errors(self, values: Tensor, gradient: Tensor | None) -> dict[str, float | None]:
-        """Per scored token in nats; of the gradient relative to its norm, and the largest absolute one."""
-        out: dict[str, float | None] = {"value_error_per_token": abs(float(values[0]) - self.value) / self.scored}
-        if gradient is None:
-            return {**out, "gradient_error_relative": None, "gradient_error_largest": None}
-        difference = gradient[0, self.rows].double() - self.gradients
-        relative = float(difference.norm() / self.gradients.norm())
-        return {**out, "gradient_error_relative": relative, "gradient_error_largest": float(difference.abs().max())}
-
-
-def bandwidth(bytes_that_must_move: int, median_ms: float, copy: float) -> dict[str, float]:
-    achieved = bytes_that_must_move / median_ms / 1e6
-    return {"gb_per_s": achieved, "copy_gb_per_s": copy, "ratio_to_copy": achieved / copy}
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference over that of the truth."""
+    return float((got.double() - wanted).norm() / wanted.norm())

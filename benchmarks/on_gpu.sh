@@ -3,11 +3,10 @@
 #
 #     benchmarks/on_gpu.sh OUT_DIR [--dry]
 #
-# It needs no network and no installation: Python with torch, triton, pytest, pytest-benchmark (and what tests import).
-# Parts: environment, tests on real kernels, benchmarks with the copy bandwidth, benchmarks of the linear path, block-size
-# and tile sweeps, CUDA memory check.
-# Each has its own time limit, and one that fails does not stop the next. OUT_DIR receives eight files at most.
-# The exit code is the number of parts that failed.
+# It needs no network and no installation: Python with torch, triton, rich, matplotlib, pytest (and what tests import).
+# Rivals that are installed take part. Each part has its own time limit, and one that fails or runs out of time does not
+# stop the next; rows are saved one by one, so that what was measured stays. OUT_DIR receives REPORT.md (one page: read
+# it first), the results as JSON, plots/, and a log of each part. The exit code is the number of parts that failed.
 #
 # --dry runs every line on a CPU, with tiny cases and Triton's interpreter, to prove the script where there is no GPU.
 # PYTHON chooses the interpreter (python3).
@@ -25,40 +24,39 @@ dry=${2:-}
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-summary="$out/summary.txt"
-parts="$scratch/parts"
-: >"$summary"
+parts="$out/parts.txt"
 : >"$parts"
 failed=0
 
-# fastpref is two folders of the repository; a folder of links makes them one package, without pip.
+# fastpref is three folders of the repository; a folder of links makes them one package, without pip.
 mkdir -p "$scratch/path/fastpref"
 for entry in "$root"/fastpref/*; do
     ln -s "$entry" "$scratch/path/fastpref/"
 done
 ln -s "$root/kernels" "$scratch/path/fastpref/kernels"
+ln -s "$root/benchmarks" "$scratch/path/fastpref/benchmarks"
 export PYTHONPATH="$scratch/path${PYTHONPATH:+:$PYTHONPATH}"
 # Keeps the working directory off the path: kernels/ there is another project's name, which transformers imports.
 export PYTHONSAFEPATH=1
 export PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR="$scratch/triton"
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 unset TRITON_INTERPRET FASTPREF_BACKEND FASTPREF_VALIDATE
 
 if [ -n "$dry" ]; then
     export CUDA_VISIBLE_DEVICES=
     tests=("$root/tests/test_doctor.py")
-    cases=tiny
-    sweep=(env TRITON_INTERPRET=1 "$python" "$root/benchmarks/sweep.py" --tiny)
-    tiles=("$python" "$root/benchmarks/sweep_tiles.py" --tiny)
+    class=tiny
     device=cpu
+    tiny=(--tiny)
+    interpreter=(env TRITON_INTERPRET=1)
 else
     tests=("$root/tests")
-    cases=gpu
-    sweep=("$python" "$root/benchmarks/sweep.py")
-    tiles=("$python" "$root/benchmarks/sweep_tiles.py")
+    class=gpu
     device=cuda
+    tiny=()
+    interpreter=(env)
 fi
 # Tests share the GPU well; each worker takes two cores, or they fight for them.
 workers=()
@@ -67,12 +65,12 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     workers=(-n "$((count > 8 ? 8 : count))")
 fi
 
-# part NAME SECONDS LOG COMMAND...: runs the command from the repository's root, output appended to LOG.
+# part NAME SECONDS COMMAND...: runs the command from the repository's root, its output in OUT_DIR/NAME.log.
 part() {
-    local name=$1 limit=$2 log=$3 start=$SECONDS code
-    shift 3
+    local name=$1 limit=$2 start=$SECONDS code
+    shift 2
     echo "== $name (at most $limit s)"
-    (cd "$root" && timeout --kill-after=10 "$limit" "$@") >>"$log" 2>&1
+    (cd "$root" && timeout --kill-after=5 "$limit" "$@") >"$out/$name.log" 2>&1
     code=$?
     if [ "$code" -ne 0 ]; then
         failed=$((failed + 1))
@@ -80,7 +78,15 @@ part() {
     if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
         code="$code (time limit)"
     fi
-    echo "$name: exit $code, $((SECONDS - start)) s" | tee -a "$parts"
+    echo "$name: exit $code, $((SECONDS - start)) s of $limit" | tee -a "$parts"
+}
+
+# suites NAME SECONDS SUITE...: a results file and pictures of the suites.
+suites() {
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" -m fastpref.cli bench --device_class "$class" --suite "$@" \
+        --output_dir "$out" --name "$name" --overwrite --no_plots
 }
 
 environment() {
@@ -91,41 +97,51 @@ environment() {
 export -f environment
 export python dry device
 
-rm -f "$out"/{environment.txt,tests.log,benchmarks.log,benchmarks.json,linear.json,sweep.json,memcheck.log}
-part environment 30 "$out/environment.txt" bash -c environment
-part tests 185 "$out/tests.log" env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
+rm -f "$out"/*.json "$out"/*.log "$out"/REPORT.md
+part environment 20 bash -c environment
+part tests 155 env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
     -p no:cacheprovider -q ${workers[@]+"${workers[@]}"}
-part benchmarks 110 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks"/test_bench_lo*.py \
-    -p no:cacheprovider -q --device-class "$cases" --results "$out/benchmarks.json"
-part linear 75 "$out/benchmarks.log" "$python" -m pytest "$root/benchmarks/test_bench_linear.py" \
-    -p no:cacheprovider -q --device-class "$cases" --results "$out/linear.json"
-part sweep 60 "$out/benchmarks.log" "${sweep[@]}" --json "$out/sweep.json"
-part tiles 40 "$out/benchmarks.log" "${tiles[@]}"
+suites linear 70 linear
+suites logits 65 logps losses
+suites step 55 step
+part longest 60 "$python" -m fastpref.benchmarks.longest --device "$device" --within 80GiB --seconds 55 \
+    --json "$out/longest.json" ${tiny[@]+"${tiny[@]}"}
+part blocks 35 "${interpreter[@]}" "$python" -m fastpref.benchmarks.sweep --json "$out/blocks.json" \
+    ${tiny[@]+"${tiny[@]}"}
+part tiles 30 "$python" -m fastpref.benchmarks.sweep_tiles --json "$out/tiles.json" ${tiny[@]+"${tiny[@]}"}
 if command -v compute-sanitizer >/dev/null; then
     # Without the allocator's cache every tensor has borders that the checker sees.
-    part memcheck 35 "$out/memcheck.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    part memcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m fastpref.doctor --device "$device"
 else
     echo "memcheck: not run, no compute-sanitizer on the PATH" | tee -a "$parts"
 fi
+part report 20 "$python" -m fastpref.benchmarks.report --results "$out"
 
-# One page: what ran, the machine, failed tests, the tables, the sweep, what the memory check said.
+# One page: what ran and on what, failed tests, and then the tables and pictures of report.py.
+page="$scratch/page.md"
 {
-    echo "fastpref on $(uname -n), $(date -u '+%Y-%m-%d %H:%M UTC')${dry:+, DRY RUN: its numbers mean nothing}"
+    echo "# fastpref on $(uname -n), $(date -u '+%Y-%m-%d %H:%M UTC')${dry:+ (DRY RUN: its numbers mean nothing)}"
+    echo
+    echo '```'
     cat "$parts"
     echo
-    grep -E 'torch |triton |cuda:|path:|error against' "$out/environment.txt"
+    grep -E 'torch |triton |cuda:|path:|error against' "$out/environment.log"
     echo
     tail -n 1 "$out/tests.log"
-    grep -hE '^(FAILED|ERROR) ' "$out/tests.log" "$out/benchmarks.log" | cut -c1-160 | head -n 12
-    echo
-    sed -n '/=== fastpref ===/,/rows in /p' "$out/benchmarks.log"
-    echo
-    grep -E ' (forward|backward): best |^H=' "$out/benchmarks.log"
+    grep -hE '^(FAILED|ERROR) ' "$out/tests.log" | cut -c1-160 | head -n 12
+    grep -hE ': (met|MISSED)$' "$out"/*.log
+    grep -hE ' (forward|backward|train): best |^H=.*: recompute' "$out/blocks.log" "$out/tiles.log"
     if [ -f "$out/memcheck.log" ]; then
         grep -E 'ERROR SUMMARY|Device not supported' "$out/memcheck.log"
     fi
-} >>"$summary" 2>&1
+    echo '```'
+    echo
+    if [ -f "$out/REPORT.md" ]; then
+        cat "$out/REPORT.md"
+    fi
+} >"$page" 2>/dev/null
+mv "$page" "$out/REPORT.md"
 echo
-cat "$summary"
+sed -n '4,/^```$/p' "$out/REPORT.md"
 exit "$failed"

@@ -1,4 +1,4 @@
-"""The rows of a run as JSON and as a table, with the machine, the versions, the date and the commit."""
+"""The rows of a run as a JSON file, with machine, versions, date and commit; reading one imports no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+SCHEMA = 2
+PACKAGES = (
+    "fastpref",
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
 
-SCHEMA = 1
-PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest-benchmark", "trl", "liger-kernel")
-# What the project promises of the headline case on a CPU.
-WANTED_OVER_PLAIN, WANTED_OVER_CROSS_ENTROPY, WANTED_PEAK_MIB = 5.0, 3.5, 16.0
+Row = dict[str, Any]
+File = dict[str, Any]
 
 
-def environment(device: str, device_class: str, copy_gb_per_s: float) -> dict[str, Any]:
+def environment(device: str, device_class: str, copy_gb_per_s: float) -> File:
+    """The head of a file; `complete` becomes true when the run ends by itself."""
+    import torch
+
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -32,6 +44,7 @@ def environment(device: str, device_class: str, copy_gb_per_s: float) -> dict[st
         "system": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "copy_gb_per_s": copy_gb_per_s,
+        "complete": False,
     }
 
 
@@ -44,6 +57,8 @@ def _version(name: str) -> str | None:
 
 def _device_name(device: str) -> str:
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.get_device_name(device)
     names = []
     if Path("/proc/cpuinfo").exists():
@@ -65,59 +80,35 @@ def _commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def write(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, head: File, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:
+    """A row a line. The file is replaced as a whole, so that a run that is killed leaves the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join(json.dumps(row) for row in rows)
-    opening = json.dumps(head, indent=1).removesuffix("\n}")
-    path.write_text(f'{opening},\n "rows": [\n{body}\n]\n}}\n')
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ("case", "mode", "provider", "ms", "spread", "GB/s", "of copy", "peak MiB", "value err", "grad err")
-    lines: list[tuple[str, ...]] = [header]
-    for row in rows:
-        peak, gradient = row["peak_beyond_gradient_bytes"], row["gradient_error_relative"]
-        lines.append(
-            (
-                row["case"],
-                row["mode"],
-                row["provider"],
-                f"{row['median_ms']:.3f}",
-                f"{(row['q3_ms'] - row['q1_ms']) / row['median_ms']:.0%}",
-                f"{row['gb_per_s']:.1f}",
-                f"{row['ratio_to_copy']:.0%}",
-                f"{peak / 2**20:.1f}",
-                f"{row['value_error_per_token']:.1e}",
-                "-" if gradient is None else f"{gradient:.1e}",
-            )
+    opening = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+    body, left_out = (",\n".join(json.dumps(row, allow_nan=False) for row in part) for part in (rows, skipped))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(
+            f'{opening},\n "rows": [\n{body}\n],\n "skipped": [\n{left_out}\n]\n}}\n', encoding="utf-8"
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join([*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])]) for line in lines]
-    return "\n".join([*text, "peak MiB: beyond inputs and gradient; spread: between quartiles"])
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The promised numbers of the headline case, as measured; nothing where its rows are not all there.
-
-    cross_entropy is there twice: as people write it after a shift, and at its best, without the copy of the logits.
-    """
-    found = {row["provider"]: row for row in rows if row["case"] == "headline" and row["mode"] == "train"}
-    others = {
-        "plain": WANTED_OVER_PLAIN,
-        "cross_entropy": WANTED_OVER_CROSS_ENTROPY,
-        "cross_entropy_nocopy": WANTED_OVER_CROSS_ENTROPY,
-    }
-    if not {"fastpref", *others} <= found.keys():
-        return []
-    ours = found["fastpref"]
-    lines = []
-    for name, wanted in others.items():
-        ratio = found[name]["median_ms"] / ours["median_ms"]
-        lines.append(_promise(f"times faster than {name}", ratio, f"at least {wanted:g}", ratio >= wanted))
-    mebibytes = ours["peak_beyond_gradient_bytes"] / 2**20
-    bound = f"at most {WANTED_PEAK_MIB:g}"
-    return [*lines, _promise("MiB beyond the gradient", mebibytes, bound, mebibytes <= WANTED_PEAK_MIB)]
-
-
-def _promise(what: str, got: float, bound: str, met: bool) -> str:
-    return f"headline: {got:.2f} {what} ({bound}): {'met' if met else 'MISSED'}"
+def read(path: Path) -> File:
+    """A results file; ValueError where it is none or of another schema."""
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no results file: {error}") from error
+    if not isinstance(file, dict) or "schema" not in file:
+        raise ValueError(f"{path} is no results file: it names no schema; fastpref bench writes such files")
+    if file["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {file['schema']!r}, this version of fastpref reads schema {SCHEMA}: measure again with "
+            "fastpref bench, or read it with the version that wrote it"
+        )
+    missing = [name for name in ("device", "device_class", "date", "versions", "rows", "skipped") if name not in file]
+    if missing:
+        raise ValueError(f"{path} is no whole results file: it lacks {', '.join(missing)}")
+    return file

@@ -1,6 +1,6 @@
 """Tile sizes and plans of the linear path: forward and backward for each, as multiples of the products alone.
 
-    python benchmarks/sweep_tiles.py [--tiny] [--json FILE]
+    python -m fastpref.benchmarks.sweep_tiles [--tiny] [--json FILE]
 
 The rows justify what fastpref/linear/plan.py knows of a machine: the tile of CPU and GPU, and `balance`, by which the
 planner weighs a kept tile against a product. Configurations take turns, so that a machine that slows down slows all.
@@ -16,15 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import results
 import torch
-from measure import Timer, copy_bandwidth, is_gpu, spread
 
 from fastpref.linear import plan as planner
 from fastpref.linear import tokens
 from fastpref.tiled import Transform
+
+from . import results
+from .measure import Timer, copy_bandwidth, is_gpu, spread
 
 BUDGET = 2**36
 PLANS = ("keep", "recompute", "frozen")
@@ -61,7 +60,7 @@ def call_of(
     wanted = [x for x in (hidden, weight) if x.requires_grad]
 
     def call() -> Any:
-        tokens.machine_of = lambda _: machine
+        tokens.machine_of = lambda device: machine
         values = tokens.LinearTokenLogps.apply(hidden, weight, None, labels, None, request)
         return torch.autograd.grad(values, wanted, upstream)
 
@@ -114,21 +113,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sweep_tiles.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="sweep_tiles", description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rewritten after each shape")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    copy = copy_bandwidth(device, 2**24 if options.tiny else 2**28)
-    rows: list[dict[str, Any]] = []
+    device_class = "tiny" if options.tiny else "gpu" if is_gpu(device) else "cpu"
+    head = results.environment(device, device_class, copy_bandwidth(device, 2**24 if options.tiny else 2**28))
+    rows: list[results.Row] = []
     wanted = shapes(device, tiny=options.tiny)
     for place, shape in enumerate(wanted, 1):
         print(f"shape {place} of {len(wanted)}: N={shape[0]} H={shape[1]} V={shape[2]}", file=sys.stderr)
         rows += sweep(shape, device, tiny=options.tiny, rounds=2 if options.tiny else 5)
+        if options.json is not None:
+            results.write(options.json, {**head, "complete": place == len(wanted)}, rows)
     print(table(rows))
-    if options.json is not None:
-        device_class = "tiny" if options.tiny else "gpu" if is_gpu(device) else "cpu"
-        results.write(options.json, results.environment(device, device_class, copy), rows)
     return 0
 
 

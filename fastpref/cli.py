@@ -1,4 +1,4 @@
-"""The command `fastpref`: train, demo, doctor, plan. Bad input gives one line on stderr and exit code 2."""
+"""The command `fastpref`: train, demo, bench, plan, doctor. Bad input gives one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ USAGE = """usage: fastpref COMMAND [options]
 commands:
   train    train a causal language model on preference pairs
   demo     make data, train a small model with DPO and with DPOP, and show what each did
-  doctor   print versions and devices, which paths will run, and check one kernel
+  bench    time fastpref beside other ways to the same numbers, and beside this machine's limit
   plan     print what a model's head needs, by which plan, and the longest sequence that fits
+  doctor   print versions and devices, which paths will run, and check one kernel
 
 fastpref COMMAND --help lists a command's options.
 """
@@ -49,6 +50,14 @@ def demo_command(arguments: list[str]) -> int:
     return demo(arguments)
 
 
+def bench_command(arguments: list[str]) -> int:
+    try:
+        from fastpref.benchmarks.cli import main as bench
+    except ImportError as error:
+        return _fail("fastpref bench", error, code=2)
+    return bench(arguments)
+
+
 def doctor_command(arguments: list[str]) -> int:
     from fastpref.doctor import main as doctor
 
@@ -64,8 +73,9 @@ def plan_command(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "demo": demo_command,
-    "doctor": doctor_command,
+    "bench": bench_command,
     "plan": plan_command,
+    "doctor": doctor_command,
 }
 
 

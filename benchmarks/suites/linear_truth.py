@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from cases import DISTINCT_ROWS, LinearCase, row_of
-from providers import BETA
 from torch import Tensor
 from torch.nn import functional
+
+from ..cases import LinearCase
+from ..inputs import DISTINCT_ROWS, row_of
+from ..measure import relative_error
+from ..providers.base import BETA
 
 HIDDEN_ROWS = 8
 WEIGHT_ROWS = 64
@@ -66,17 +70,12 @@ class LinearTruth:
         dz = torch.zeros(len(distinct), len(entries), dtype=dz.dtype, device=dz.device).index_add_(0, kinds, dz)
         return cls(reference, loss, scored[few], hidden_gradient, entries, dz.T @ distinct)
 
-    def errors(self, loss: Tensor, gradients: list[Tensor]) -> dict[str, float | None]:
-        """Of the loss in nats, of the gradients relative to the norm of the sampled rows; None where there is none."""
-        out: dict[str, float | None] = {"loss_error": abs(float(loss) - self.loss)}
-        out["hidden_error_relative"] = out["weight_error_relative"] = None
+    def errors(self, loss: Tensor, gradients: list[Tensor]) -> dict[str, Any]:
+        """Of the loss in nats; of the gradients relative to the norm of the sampled rows."""
+        out: dict[str, Any] = {"value_error": abs(float(loss) - self.loss)}
         if gradients:
             rows = gradients[0].flatten(0, 1)[self.rows]
-            out["hidden_error_relative"] = _relative(rows, self.hidden_gradient)
+            out["gradient_errors"] = {"hidden": relative_error(rows, self.hidden_gradient)}
         if len(gradients) == 2:
-            out["weight_error_relative"] = _relative(gradients[1][self.entries], self.weight_gradient)
+            out["gradient_errors"]["weight"] = relative_error(gradients[1][self.entries], self.weight_gradient)
         return out
-
-
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())

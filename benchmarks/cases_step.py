@@ -1,0 +1,141 @@
+"""Which models a whole training step is measured on: heads of real models, on bodies that a device can afford.
+
+A body of few layers under a real head keeps a step short and its memory small; its rows therefore say what a head of
+that size costs, and only those of qwen3-0.6b, which is whole, what a model's step costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .cases import VOCABS
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal LM by its config's numbers; `kind` is the model_type of transformers."""
+
+    kind: str  # "qwen3" or "llama"
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matrices of all layers: those that every token is multiplied with."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+
+MODELS = {
+    "tiny": ModelShape("qwen3", 2, 32, 96, 4, 2, 8, 507),
+    "quick": ModelShape("qwen3", 2, 128, 384, 4, 2, 32, VOCABS["gpt2"]),
+    "gpt2-head": ModelShape("qwen3", 4, 512, 1536, 8, 4, 64, VOCABS["gpt2"]),
+    "qwen3-head": ModelShape("qwen3", 2, 1024, 3072, 16, 8, 128, VOCABS["qwen3"], tied=True),
+    "qwen3-0.6b": ModelShape("qwen3", 28, 1024, 3072, 16, 8, 128, VOCABS["qwen3"], tied=True),
+    "llama3-8b-head": ModelShape("llama", 4, 4096, 14336, 32, 8, 128, VOCABS["llama3"]),
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One step on `pairs` pairs of `length` tokens, the last ones of each sequence scored."""
+
+    name: str
+    model: str  # a key of MODELS
+    length: int
+    share: float = 0.5
+    dtype: str = "bf16"
+    pairs: int = 1
+    frozen: bool = False  # the head takes no gradient; it must not be tied to the embedding then
+    checkpointing: bool = False  # of the layers: their activations are computed again in the backward
+    beside: str = "all"  # a key of suites.step.BESIDE
+    rounds: int = 3
+    compiled: bool = True
+    weighed: bool = True  # on a CPU memory takes a second model, in a process of its own
+    series: str | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        return MODELS[self.model]
+
+    @property
+    def vocab(self) -> int:
+        return self.shape.vocab
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden
+
+    @property
+    def layers(self) -> int:
+        return self.shape.layers
+
+    @property
+    def batch(self) -> int:
+        return 2 * self.pairs
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def scored_per_sequence(self) -> int:
+        return round(self.share * (self.length - 1))
+
+    @property
+    def scored_rows(self) -> int:
+        return self.batch * self.scored_per_sequence
+
+    @property
+    def body_operations(self) -> int:
+        """Of the layers: 6 a weight and token, and attention's two products under a causal mask, forward and backward.
+
+        What checkpointing computes again is not counted, as is usual: it is a choice, not work that must be done.
+        """
+        shape = self.shape
+        attention = 6 * self.batch * self.length**2 * shape.heads * shape.head_dim * shape.layers
+        return 6 * self.tokens * shape.layer_weights + attention
+
+    @property
+    def head_operations(self) -> int:
+        return (2 if self.frozen else 3) * 2 * self.scored_rows * self.hidden * self.vocab
+
+
+def step_cases(device_class: str, *, memory: int) -> list[StepCase]:
+    """The set of a device class; `memory` is the GPU's, in bytes, and leaves out what cannot fit it."""
+    if device_class == "tiny":
+        tiny = StepCase("step-tiny", "tiny", 23, dtype="fp32", pairs=2, rounds=2, compiled=False)
+        return [
+            tiny,
+            replace(tiny, name="step-tiny-bf16", dtype="bf16", checkpointing=True, weighed=False),
+            replace(tiny, name="step-tiny-frozen", frozen=True, weighed=False),
+        ]
+    if device_class == "quick":
+        return [StepCase("step", "quick", 128, beside="fastest", compiled=False, weighed=False)]
+    if device_class == "cpu":
+        half = StepCase("step", "gpt2-head", 512)
+        return [
+            half,
+            replace(half, name="step-frozen", frozen=True, beside="plain"),
+            StepCase("step-qwen3", "qwen3-head", 256, beside="fastest"),
+        ]
+    whole = StepCase("", "qwen3-0.6b", 0, beside="lengths", checkpointing=True, compiled=False, rounds=3)
+    head = StepCase("step-llama3", "llama3-8b-head", 4096, beside="all", rounds=5)
+    cases = [
+        replace(whole, name="step", length=2048, pairs=2, beside="all", checkpointing=False, compiled=True, rounds=5),
+        *_series("step-length", whole, (2048, 8192, 32768)),
+        head,
+        replace(head, name="step-llama3-frozen", frozen=True, beside="plain"),
+    ]
+    return [case for case in cases if memory >= 40 * 2**30 or case.model != "llama3-8b-head"]
+
+
+def _series(name: str, case: StepCase, lengths: Sequence[int]) -> list[StepCase]:
+    return [replace(case, name=f"{name}-{length}", length=length, series=name) for length in lengths]

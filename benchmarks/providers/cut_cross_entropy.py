@@ -1,0 +1,70 @@
+"""Cut cross-entropy: its Triton kernels, with and without their gradient filter, and its version for other devices."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from ..cases import LinearCase
+from .base import Provider
+from .ours import dpo_of_logps
+
+
+def _dpo(
+    hidden: Tensor,  # (B, T, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, T)
+    ref_logps: Tensor,  # (B,)
+    case: LinearCase,
+    *,
+    impl: str,
+    filter_eps: str | None = "high",
+) -> Tensor:
+    """`shift=True`, as its documentation advises: the hidden states are not copied to be shifted."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses = linear_cross_entropy(
+        hidden, weight, labels, reduction="none", shift=True, filter_eps=filter_eps, impl=impl
+    )
+    return dpo_of_logps(-losses.sum(-1), ref_logps)
+
+
+def _sixteen_bit(case: LinearCase) -> str | None:
+    return f"its backward takes bf16 or fp16 hidden states, not {case.dtype}" if case.dtype == "fp32" else None
+
+
+_PACKAGE = {"cut_cross_entropy": "cut-cross-entropy"}
+
+LINEAR = (
+    Provider(
+        "cut_cross_entropy",
+        partial(_dpo, impl="cce"),
+        "cut-cross-entropy",
+        'linear_cross_entropy(impl="cce", reduction="none", shift=True): by default small gradients are skipped',
+        rival=True,
+        modules=_PACKAGE,
+        gpu_only=True,
+        serves=_sixteen_bit,
+    ),
+    Provider(
+        "cut_cross_entropy_exact",
+        partial(_dpo, impl="cce", filter_eps=None),
+        "cut-cross-entropy",
+        "the same with filter_eps=None: no gradient is skipped",
+        rival=True,
+        modules=_PACKAGE,
+        gpu_only=True,
+        serves=_sixteen_bit,
+    ),
+    Provider(
+        "cut_cross_entropy_compile",
+        partial(_dpo, impl="torch_compile"),
+        "cut-cross-entropy",
+        'linear_cross_entropy(impl="torch_compile", reduction="none", shift=True)',
+        rival=True,
+        slow=True,
+        compiles=True,
+        modules=_PACKAGE,
+    ),
+)

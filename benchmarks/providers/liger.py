@@ -1,0 +1,115 @@
+"""Liger Kernel: its fused DPO loss, its fused cross-entropies of one value a token, and its Triton cross-entropy."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..cases import LinearCase
+from .base import BETA, Provider
+from .ours import dpo_of_logps
+from .torch_own import sequence_sums
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> (B,)
+    """The gradient takes the place of the logits in the forward: no caller of it has them back."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    losses = liger_cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return -losses.view(labels.shape).float().sum(-1)
+
+
+@cache
+def _dpo_loss(compiled: bool) -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    # It takes a reference model's head and hidden states, never its log-probs. Without one the reference is 0, and
+    # that is the same loss here, because the two references of a pair are equal (suites/linear_truth.py).
+    return LigerFusedLinearDPOLoss(beta=BETA, compiled=compiled, use_ref_model=False)
+
+
+def _fused_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
+    loss, *_ = _dpo_loss(case.compiled)(weight, hidden[:, :-1], labels[:, 1:])
+    return cast(Tensor, loss[0] if isinstance(loss, tuple) else loss)
+
+
+def _scaled(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    scored = labels[:, 1:] != -100
+    losses = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden[:, :-1][scored], weight, labels[:, 1:][scored])
+    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+
+
+def _fused_ce(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
+    from liger_kernel.functional import fused_linear_cross_entropy
+
+    scored = labels[:, 1:] != -100
+    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
+    losses = fused_linear_cross_entropy(rows, weight, targets, reduction="none")[0]
+    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+
+
+class _Scaled(Provider):
+    """What it needs depends on the device: on Hopper it is a CuTe kernel, elsewhere chunks of torch operations."""
+
+    def why_not(self, case: Any, device: str) -> str | None:
+        if reason := super().why_not(case, device):
+            return reason
+        if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
+            return None
+        if importlib.util.find_spec("cutlass") is None:
+            return "nvidia-cutlass-dsl is not installed, which it needs on a Hopper GPU"
+        return None if case.dtype == "bf16" else f"its kernel for Hopper GPUs takes bf16, not {case.dtype}"
+
+
+_LIGER = {"liger_kernel": "liger-kernel"}
+
+LOGPS = (
+    Provider(
+        "liger",
+        _cross_entropy,
+        "liger",
+        'liger_cross_entropy(reduction="none"), the labels shifted instead of the logits, which it overwrites',
+        rival=True,
+        modules=_LIGER,
+        gpu_only=True,
+        spoils=True,
+    ),
+)
+LINEAR = (
+    Provider(
+        "liger",
+        _fused_dpo,
+        "liger",
+        "LigerFusedLinearDPOLoss as it is by default (compiled, one pair a chunk), use_ref_model=False",
+        rival=True,
+        slow=True,
+        compiles=True,
+        modules=_LIGER,
+    ),
+    _Scaled(
+        "liger_ce",
+        _scaled,
+        "liger",
+        "LigerFusedLinearScaledCrossEntropyFunction on scored rows: CuTe on Hopper, elsewhere chunks in torch",
+        rival=True,
+        slow=True,
+        modules=_LIGER,
+    ),
+    Provider(
+        "liger_fused_ce",
+        _fused_ce,
+        "liger",
+        'fused_linear_cross_entropy(reduction="none") on scored rows, which makes the logits twice',
+        rival=True,
+        modules=_LIGER,
+        gpu_only=True,
+    ),
+)

@@ -1,0 +1,218 @@
+"""The ways from a causal LM and a batch to the DPO loss of a training step, as each project's trainer goes them.
+
+A provider's `call` takes the model and the case, sets itself up, and gives the loss as a function of input_ids (B, T),
+labels (B, T) and ref_logps (B,). It may change the model as its project would; the suite builds a new one for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref.losses import preference_loss
+
+from ..cases_step import StepCase
+from .base import BETA, Provider
+from .liger import _dpo_loss as liger_dpo_loss
+from .plain import plain_logps
+
+StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _inputs(input_ids: Tensor) -> dict[str, Any]:
+    """As a collator would give them; no sequence here is padded."""
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+
+
+def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:  # (B,) both, [chosen; rejected]
+    return preference_loss(*logps.chunk(2), *ref_logps.chunk(2), loss="sigmoid", beta=BETA).loss
+
+
+def _fastpref(model: Any, case: StepCase) -> StepLoss:
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        logps = fastpref.model_logps(model, {**_inputs(input_ids), "labels": labels})
+        return _dpo(cast(Tensor, logps), ref_logps)
+
+    return loss
+
+
+def _fastpref_hidden(model: Any, case: StepCase) -> StepLoss:
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        hidden = model.model(**_inputs(input_ids)).last_hidden_state
+        weight = model.get_output_embeddings().weight
+        return fastpref.linear_preference_loss(hidden, weight, labels, ref_logps, loss="sigmoid", beta=BETA).loss
+
+    return loss
+
+
+def _fastpref_logits(model: Any, case: StepCase) -> StepLoss:
+    """The logits take their gradient in place: nobody else reads them."""
+
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        logps = fastpref.sequence_logps(model(**_inputs(input_ids)).logits, labels, inplace_backward=True)
+        return _dpo(cast(Tensor, logps), ref_logps)
+
+    return loss
+
+
+def _plain(model: Any, case: StepCase) -> StepLoss:
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        return _plain_loss(model(**_inputs(input_ids)).logits, labels, ref_logps)
+
+    return loss
+
+
+def _plain_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    chosen, rejected = (plain_logps(logits, labels) - ref_logps).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+@cache
+def _compiled_loss() -> Any:
+    return torch.compile(_plain_loss, dynamic=False)
+
+
+def _compiled(model: Any, case: StepCase) -> StepLoss:
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        return _compiled_loss()(model(**_inputs(input_ids)).logits, labels, ref_logps)
+
+    return loss
+
+
+def _liger_layers(model: Any) -> None:
+    """Its kernels for norms, rotary embeddings and MLPs. They are Triton's: on a CPU the layers stay as they are."""
+    if model.device.type != "cuda":
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    # As transformers' use_liger_kernel does; not its cross-entropy, which is no part of DPO.
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+
+
+def _liger(model: Any, case: StepCase) -> StepLoss:
+    _liger_layers(model)
+    fused = liger_dpo_loss(case.compiled)
+
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        hidden = model.model(**_inputs(input_ids)).last_hidden_state
+        value, *_ = fused(model.get_output_embeddings().weight, hidden[:, :-1], labels[:, 1:])
+        return cast(Tensor, value[0] if isinstance(value, tuple) else value)
+
+    return loss
+
+
+def _trl(model: Any, case: StepCase) -> StepLoss:
+    return _trl_trainer_loss(model, liger=False)
+
+
+def _trl_liger(model: Any, case: StepCase) -> StepLoss:
+    return _trl_trainer_loss(model, liger=True)
+
+
+def _trl_trainer_loss(model: Any, *, liger: bool) -> StepLoss:
+    from .trl_trainer import build_trainer
+
+    trainer = build_trainer(model, liger=liger)
+    if liger:
+        _liger_layers(model)  # in TRL the first thing that train() does
+
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        chosen, rejected = ref_logps.chunk(2)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "completion_mask": (labels != -100).long(),
+            "ref_chosen_logps": chosen,
+            "ref_rejected_logps": rejected,
+        }
+        return cast(Tensor, trainer.compute_loss(model, batch))
+
+    return loss
+
+
+def _transformer(model: Any, case: StepCase) -> StepLoss:
+    """The layers alone; a head that is trained gets a gradient of zeros, so that clipping and optimiser see it too."""
+    head = model.get_output_embeddings().weight
+    fixed: list[Tensor] = []
+
+    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+        hidden = model.model(**_inputs(input_ids)).last_hidden_state
+        if not fixed or fixed[0].shape != hidden.shape:
+            fixed[:] = [torch.randn_like(hidden)]
+        if head.requires_grad and not case.shape.tied:
+            head.grad = torch.zeros_like(head)
+        return (hidden * fixed[0]).sum(dtype=torch.float32)
+
+    return loss
+
+
+_BASE = {"transformers": "transformers"}
+_LIGER = {**_BASE, "liger_kernel": "liger-kernel"}
+_TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
+
+STEP = (
+    Provider("transformer", _transformer, "limit", "the layers alone: no head, no loss", modules=_BASE),
+    Provider("fastpref", _fastpref, "fastpref", "fastpref.model_logps, then preference_loss", modules=_BASE),
+    Provider(
+        "fastpref_hidden",
+        _fastpref_hidden,
+        "fastpref",
+        "the backbone's hidden states, then fastpref.linear_preference_loss",
+        modules=_BASE,
+    ),
+    Provider(
+        "fastpref_logits",
+        _fastpref_logits,
+        "fastpref",
+        "the model's logits, then fastpref.sequence_logps, inplace_backward=True",
+        modules=_BASE,
+    ),
+    Provider(
+        "plain", _plain, "plain", "the model's logits, float().log_softmax(-1), gather, sum", slow=True, modules=_BASE
+    ),
+    Provider(
+        "compiled",
+        _compiled,
+        "plain",
+        "plain, what follows the logits under torch.compile(dynamic=False)",
+        rival=True,
+        compiles=True,
+        serves=lambda case: (
+            None if case.compiled else "not compiled in this case, where it would take most of the time"
+        ),
+        modules=_BASE,
+    ),
+    Provider(
+        "trl",
+        _trl,
+        "trl",
+        "DPOTrainer(precompute_ref_log_probs=True).compute_loss, with the metrics that it computes there",
+        rival=True,
+        slow=True,
+        modules=_TRL,
+    ),
+    Provider(
+        "trl_liger",
+        _trl_liger,
+        "trl",
+        "the same with use_liger_kernel=True: Liger's kernels in the layers",
+        rival=True,
+        gpu_only=True,
+        modules={**_TRL, **_LIGER},
+    ),
+    Provider(
+        "liger",
+        _liger,
+        "liger",
+        "LigerFusedLinearDPOLoss as it is by default, use_ref_model=False; on a GPU its kernels in the layers too",
+        rival=True,
+        slow=True,
+        compiles=True,
+        modules=_LIGER,
+    ),
+)

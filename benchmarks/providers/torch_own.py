@@ -1,0 +1,108 @@
+"""torch's own functions, at their best: F.cross_entropy and the chunked F.linear_cross_entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..cases import LinearCase
+from .base import Provider
+from .ours import dpo_of_logps
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """In the logits' own dtype, shifted as trainers write it: flattening the slice copies the logits."""
+    losses = functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="none"
+    )
+    return -losses.view(labels.shape[0], -1).float().sum(-1)
+
+
+def _cross_entropy_nocopy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same at its best: the labels are shifted in place of the logits, and nothing is copied."""
+    targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return -losses.view(labels.shape).float().sum(-1)
+
+
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase
+) -> Tensor:
+    return _with_options(hidden, weight, labels, ref_logps, torch.nn.LinearCrossEntropyOptions())
+
+
+# Rows of a chunk. Of the 510 rows of a pair of 512 tokens, torch's own choice makes 255 chunks.
+TUNED_ROWS = 256
+
+
+def _linear_cross_entropy_tuned(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase
+) -> Tensor:
+    wide = torch.float32 if hidden.dtype.itemsize == 2 else None
+    options = torch.nn.LinearCrossEntropyOptions(
+        acc_policy="compact" if hidden.is_cuda else "accurate",
+        chunking_method=None,
+        batch_chunk_size=TUNED_ROWS,
+        acc_dtype=wide,
+    )
+    return _with_options(hidden, weight, labels, ref_logps, options)
+
+
+def _with_options(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, options: Any) -> Tensor:
+    scored = labels[:, 1:] != -100
+    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
+    losses = functional.linear_cross_entropy(rows, weight, targets, reduction="none", options=options)
+    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+
+
+def sequence_sums(tokens: Tensor, scored: Tensor) -> Tensor:  # (N,) and (B, T - 1) -> (B,)
+    """Of the scored rows' values, in float32."""
+    return tokens.new_zeros(scored.shape).masked_scatter(scored, tokens).float().sum(-1)
+
+
+def _needs_linear_cross_entropy(case: Any) -> str | None:
+    # Looked up by name: older versions of torch, which are supported, lack it.
+    if hasattr(functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"torch {torch.__version__} has no chunked linear_cross_entropy"
+
+
+LOGPS = (
+    Provider(
+        "cross_entropy",
+        _cross_entropy,
+        "torch",
+        'F.cross_entropy(reduction="none") on logits[:, :-1], which copies them',
+        rival=True,
+    ),
+    Provider(
+        "cross_entropy_nocopy",
+        _cross_entropy_nocopy,
+        "torch",
+        'F.cross_entropy(reduction="none"), the labels shifted instead of the logits',
+        rival=True,
+    ),
+)
+LINEAR = (
+    Provider(
+        "linear_cross_entropy_tuned",
+        _linear_cross_entropy_tuned,
+        "torch",
+        f"F.linear_cross_entropy of scored rows, chunks of {TUNED_ROWS}; on a CPU float32 products, as documented",
+        rival=True,
+        slow=True,
+        serves=_needs_linear_cross_entropy,
+    ),
+    Provider(
+        "linear_cross_entropy",
+        _linear_cross_entropy,
+        "torch",
+        "F.linear_cross_entropy of scored rows, with the options that torch picks",
+        rival=True,
+        slow=True,
+        serves=_needs_linear_cross_entropy,
+    ),
+)

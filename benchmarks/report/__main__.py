@@ -1,0 +1,131 @@
+"""`python -m fastpref.benchmarks.report`: the report page, its pictures and the README's block, from the results files.
+
+Without options it reads the committed files and writes benchmarks/results/REPORT.md, benchmarks/results/plots/ and the
+README's block. With `--results DIR` it writes into DIR and leaves the README alone, unless `--readme` names one.
+`--check` writes nothing and says what is stale: pictures by whether they are there, text as it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpref.options import Parser, UsageError
+
+from .. import results
+from .page import COMMAND, readme_block, report
+from .plots import pictures, plot_all
+from .words import Row
+
+RESULTS = Path(__file__).parents[1] / "results"
+README = Path(__file__).parents[2] / "README.md"
+OPENING = f"<!-- results: written by `{COMMAND}` -->"
+BLOCK = re.compile(r"(<!-- results: [^\n]*-->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+# Sizes the planned cases of the GPU, before there is one.
+PLANNED_MEMORY = 80 * 2**30
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=COMMAND, description="Report page, pictures and README block from results files.")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the JSON files")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="whose block is written too (default: only with the committed results, the repository's)",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 and names where it is stale")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 written or up to date, 1 stale (--check), 2 bad input."""
+    try:
+        options = _parser().parse_args(argv)
+        folder: Path = options.results
+        readme = options.readme or (README if folder.resolve() == RESULTS.resolve() else None)
+        files = read_all(folder)
+        texts = {folder / "REPORT.md": report(files, planned_on_gpu())}
+        if readme is not None:
+            texts[readme] = _with_block(readme, files, folder)
+        if options.check:
+            stale = _stale(folder, files, texts)
+            print("\n".join([*stale, f"run `{COMMAND}`"] if stale else ["up to date"]))
+            return 1 if stale else 0
+        for path in write(folder, files, texts):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"{COMMAND}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results files of a folder by name, in order; every one must be of this schema."""
+    if not folder.is_dir():
+        raise UsageError(f"--results must be a folder of results files, got {folder}")
+    return {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def planned_on_gpu() -> dict[str, list[Row]]:
+    """The cases of the GPU, as rows without numbers: what a page says of them until somebody has measured."""
+    from ..suites import SUITES  # imports torch
+
+    return {
+        name: [
+            {"suite": name, "case": case.name, **{field: getattr(case, field) for field in suite.shape}}
+            for case in suite.cases("gpu", memory=PLANNED_MEMORY)
+        ]
+        for name, suite in SUITES.items()
+    }
+
+
+def _with_block(readme: Path, files: dict[str, dict[str, Any]], folder: Path) -> str:
+    text = readme.read_text(encoding="utf-8")
+    if len(BLOCK.findall(text)) != 1:
+        raise UsageError(f"{readme} must have one line {OPENING} and after it one <!-- end of results -->")
+    relative = Path(os.path.relpath(folder.resolve(), readme.resolve().parent)).as_posix()
+    return BLOCK.sub(lambda found: f"{found[1]}{readme_block(files, relative)}\n{found[3]}", text)
+
+
+def _wanted_pictures(folder: Path, files: dict[str, dict[str, Any]]) -> set[Path]:
+    return {folder / "plots" / stem / f"{name}.png" for stem, file in files.items() for name in pictures(file)}
+
+
+def _leftover_pictures(folder: Path, files: dict[str, dict[str, Any]]) -> list[Path]:
+    """Pictures of rows that no file has any longer; plots/ holds what this command draws and nothing else."""
+    return sorted(set(folder.glob("plots/*/*.png")) - _wanted_pictures(folder, files))
+
+
+def _stale(folder: Path, files: dict[str, dict[str, Any]], texts: dict[Path, str]) -> list[str]:
+    lines = []
+    for path, text in texts.items():
+        if not path.exists():
+            lines.append(f"{path} is missing")
+        elif path.read_text(encoding="utf-8") != text:
+            lines.append(f"{path} is not what the results files give")
+    lines += [f"{path} is missing" for path in sorted(_wanted_pictures(folder, files)) if not path.exists()]
+    return lines + [f"{path} shows rows that no results file has" for path in _leftover_pictures(folder, files)]
+
+
+def write(folder: Path, files: dict[str, dict[str, Any]], texts: dict[Path, str]) -> list[Path]:
+    """Pictures first: the texts name them."""
+    written = []
+    for stem, file in files.items():
+        if pictures(file):
+            written += plot_all(file, folder / "plots" / stem)
+    for path in _leftover_pictures(folder, files):
+        path.unlink()
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
