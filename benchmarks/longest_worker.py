@@ -75,7 +75,7 @@ class Steps:
         self.device, self.case, self.provider = device, StepCase(**case), SUITES["step"].providers[provider]
         # Long enough for every thread to start: their stacks are no part of a step either.
         tiny = replace(self.case, model="tiny", length=257, compiled=False)
-        if not self.provider.compiles:
+        if self.provider.serves(tiny) is None:
             warm = Stepper(tiny, self.provider, device)
             warm.step(make_step_batch(tiny, device, 0))
             warm.close()

@@ -50,7 +50,8 @@ def resident_bytes(address: int, size: int) -> int:
 def main() -> int:
     give_memory_back_at_once()
     # Run by its path, so that mallopt comes before torch; then the folder of this file is no place to import from.
-    sys.path.pop(0)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.pop(0)
     from fastpref.benchmarks.suites import SUITES
 
     held: tuple[str, Any] = ("", None)  # the last inputs, which the next question often asks about too

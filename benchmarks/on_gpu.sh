@@ -50,12 +50,14 @@ if [ -n "$dry" ]; then
     class=tiny
     device=cpu
     tiny=(--tiny)
+    within=(--tiny)
     interpreter=(env TRITON_INTERPRET=1)
 else
     tests=("$root/tests")
     class=gpu
     device=cuda
     tiny=()
+    within=(--within 80GiB)
     interpreter=(env)
 fi
 # Tests share the GPU well; each worker takes two cores, or they fight for them.
@@ -104,8 +106,8 @@ part tests 155 env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \
 suites linear 70 linear
 suites logits 65 logps losses
 suites step 55 step
-part longest 60 "$python" -m fastpref.benchmarks.longest --device "$device" --within 80GiB --seconds 55 \
-    --json "$out/longest.json" ${tiny[@]+"${tiny[@]}"}
+part longest 60 "$python" -m fastpref.benchmarks.longest --device "$device" --seconds 55 "${within[@]}" \
+    --json "$out/longest.json"
 part blocks 35 "${interpreter[@]}" "$python" -m fastpref.benchmarks.sweep --json "$out/blocks.json" \
     ${tiny[@]+"${tiny[@]}"}
 part tiles 30 "$python" -m fastpref.benchmarks.sweep_tiles --json "$out/tiles.json" ${tiny[@]+"${tiny[@]}"}

@@ -15,6 +15,7 @@ import torch
 from . import results
 from .cases import DEVICE_CLASSES
 from .measure import MemoryWorker, Timer, copy_bandwidth, is_gpu, peak_on_gpu, spread
+from .providers.base import Provider
 from .suites import SUITES
 from .suites.base import Inputs, Output, Suite
 
@@ -71,11 +72,10 @@ class Run:
             for provider, mode in suite.entries(case, self.device_class)
         ]
         if is_gpu(self.device):
-            # A fault on a GPU takes the process with it: others' code goes last within its suite.
+            # A fault on a GPU takes the process with it, and time there is short: others' code, and what has to be
+            # compiled for half a minute, goes last within its suite.
             order = list(SUITES)
-            found.sort(
-                key=lambda entry: (order.index(entry.suite.name), bool(entry.suite.providers[entry.provider].modules))
-            )
+            found.sort(key=lambda e: (order.index(e.suite.name), _is_late(e.suite.providers[e.provider])))
         return found
 
     def inputs(self, suite: Suite, case: Any) -> Inputs:
@@ -91,6 +91,8 @@ class Run:
 
     def forget_inputs(self) -> None:
         self._inputs = (None, None)
+        for suite in SUITES.values():
+            suite.forget()
         gc.collect()
         if is_gpu(self.device):
             torch.cuda.empty_cache()
@@ -100,8 +102,12 @@ class Run:
             results.write(self.path, {**self.head, "complete": complete}, self.rows, self.skipped)
 
     def close(self) -> None:
-        self._inputs = (None, None)
+        self.forget_inputs()
         self.worker.close()
+
+
+def _is_late(provider: Provider) -> bool:
+    return provider.compiles or provider.family not in ("fastpref", "limit", "plain", "torch")
 
 
 def select(

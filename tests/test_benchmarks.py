@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
 from fastpref.benchmarks import results
+from fastpref.benchmarks.measure import Timer, peak_on_gpu
 from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.runner import Entry, Run, measure, select
 from fastpref.benchmarks.suites import SUITES
@@ -30,13 +32,17 @@ ALWAYS = {
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """All tiny rows of the suites whose calls take milliseconds, measured in this process."""
+    """The tiny rows of what needs nothing but this project, torch and transformers."""
     run = Run("tiny")
-    for entry in select(run.entries(), suites=("logps", "linear", "losses")):
-        if entry.suite.providers[entry.provider].family in (*FAMILIES, "limit"):
-            measure(run, entry)
+    for entry in _wanted(run):
+        measure(run, entry)
     run.close()
     return run
+
+
+def _wanted(run: Run) -> list[Entry]:
+    found = [entry for entry in run.entries() if entry.suite.name != "step" or entry.case.name == "step-tiny"]
+    return [entry for entry in found if entry.suite.providers[entry.provider].family in {*FAMILIES, "limit"}]
 
 
 def _rows(run: Run, *suites: str) -> list[dict[str, Any]]:
@@ -46,9 +52,8 @@ def _rows(run: Run, *suites: str) -> list[dict[str, Any]]:
 def test_every_way_that_is_installed_has_a_row_for_every_tiny_case(run: Run) -> None:
     wanted = {
         (entry.suite.name, entry.case.name, entry.provider, entry.mode)
-        for entry in select(run.entries(), suites=("logps", "linear", "losses"))
-        if entry.suite.providers[entry.provider].family in (*FAMILIES, "limit")
-        and entry.suite.providers[entry.provider].why_not(entry.case, "cpu") is None
+        for entry in _wanted(run)
+        if entry.suite.providers[entry.provider].why_not(entry.case, "cpu") is None
     }
     got = [(row["suite"], row["case"], row["provider"], row["mode"]) for row in run.rows]
     assert set(got) == wanted
@@ -67,7 +72,7 @@ def test_every_row_has_time_memory_its_rate_and_its_ratio_to_the_limit(run: Run)
         assert math.isclose(row["ratio_to_limit"], row["limit_ms"] / row["median_ms"])
         if row["family"] == "limit":
             assert row["ratio_to_limit"] == 1
-        else:
+        if row["peak_bytes"] is not None:
             assert row["peak_beyond_gradient_bytes"] <= row["peak_bytes"]
 
 
@@ -114,6 +119,21 @@ def test_every_way_to_the_linear_loss_computes_the_same_loss_and_gradients(run: 
         assert list(row["gradient_errors"]) == (["hidden"] if row["frozen"] else ["hidden", "weight"])
         assert row["gradient_error"] == max(row["gradient_errors"].values())
         assert row["gradient_error"] < (1e-6 if not bf16 else 2**-8 if exact else 2**-6), row
+
+
+def test_every_way_takes_the_same_training_step(run: Run) -> None:
+    pytest.importorskip("transformers", reason="the train extra is not installed")
+    rows = _rows(run, "step")
+    (limit,) = [row for row in rows if row["family"] == "limit"]
+    assert {"fastpref", "fastpref_hidden", "fastpref_logits", "plain"} <= {row["provider"] for row in rows}
+    for row in rows:
+        assert math.isclose(row["tokens_per_second"], 4 * 23 / row["median_ms"] * 1e3)
+        if row is limit:
+            continue
+        assert row["value_error"] < 2e-6, row
+        assert row["gradient_error"] < 2e-6, row
+        assert set(row["gradient_errors"]) == {"q_proj", "norm", "head"}
+        assert math.isclose(row["head_share"], 1 - limit["median_ms"] / row["median_ms"])
 
 
 def test_bytes_count_scored_rows_twice_read_once_written_and_zeros(run: Run) -> None:
@@ -359,3 +379,84 @@ def test_the_promises_on_a_gpu_are_ratios_to_limits_and_peaks() -> None:
         "linear-half: 1.10 times the products alone, 3 of them, fastpref train (at most 1.12): met",
         "linear-half: 1024.00 MiB beyond the gradients (at most 1126.4): met",
     ]
+
+
+class _FakeCuda:
+    """torch.cuda with a clock that a call advances by 2 ms, and an allocator whose peak it raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.clock = 0.0
+        clock = self
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.clock
+
+            def synchronize(self) -> None:
+                clock.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        for name, value in {
+            "Event": Event,
+            "synchronize": lambda: self.log.append("synchronize"),
+            "_sleep": lambda cycles: self.log.append("sleep"),
+            "reset_peak_memory_stats": lambda: self.log.append("reset"),
+            "memory_allocated": lambda: 1000,
+            "max_memory_allocated": lambda: 5000,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def call(self) -> None:
+        self.log.append("call")
+        self.clock += 2.0
+
+
+def test_time_on_a_gpu_is_between_events_behind_a_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _FakeCuda(monkeypatch)
+    timer = Timer("cuda")
+    for _ in range(3):
+        timer.before()
+        timer.run(cuda.call)
+    assert timer.seconds() == [0.002] * 3
+    assert cuda.log == ["synchronize", "sleep", "call", "wait"] * 3
+
+
+def test_memory_on_a_gpu_is_the_allocators_peak_beyond_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _FakeCuda(monkeypatch)
+    over_input, fresh = torch.zeros(10), torch.zeros(7)
+    measured = peak_on_gpu(lambda: [cuda.call(), over_input, fresh][1:], [over_input, "not a tensor"])
+    assert measured == {"peak_bytes": 4000, "gradient_bytes": 28, "peak_beyond_gradient_bytes": 3972}
+    assert cuda.log == ["synchronize", "reset", "call", "synchronize"]
+
+
+def test_on_a_gpu_others_code_runs_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault there takes the process along; rows of ours are on disk by then."""
+    run = Run("tiny")
+    monkeypatch.setattr(run, "device", "cuda")
+    for suite in SUITES.values():
+        late = [
+            (entry.suite.providers[entry.provider].family not in {*FAMILIES, "limit"})
+            or entry.suite.providers[entry.provider].compiles
+            for entry in run.entries()
+            if entry.suite is suite
+        ]
+        assert late == sorted(late)
+    run.close()
+
+
+@pytest.mark.parametrize("device_class", ["cpu", "gpu", "quick", "tiny"])
+def test_every_case_names_providers_that_exist_and_can_be_sized_without_a_device(device_class: str) -> None:
+    for suite in SUITES.values():
+        cases = suite.cases(device_class, memory=80 * 2**30)
+        assert len({case.name for case in cases}) == len(cases) > 0
+        for case in cases:
+            for provider, mode in suite.entries(case, device_class):
+                assert provider in suite.providers
+                assert suite.work(case, mode) > 0
+            assert all(hasattr(case, field) for field in suite.shape)

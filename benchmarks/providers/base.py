@@ -28,6 +28,7 @@ class Provider:
     compiles: bool = False  # under torch.compile: the first call of a shape takes many seconds
     modules: Mapping[str, str] = field(default_factory=dict)  # what it imports: the distribution that has it
     gpu_only: bool = False
+    cpu_only: bool = False
     spoils: bool = False  # a call destroys its inputs
     serves: Callable[[Any], str | None] = _serves_all  # a case: why it cannot, or None
 
@@ -38,6 +39,8 @@ class Provider:
                 return f"{distribution} is not installed"
         if self.gpu_only and not device.startswith("cuda"):
             return "needs a GPU"
+        if self.cpu_only and device.startswith("cuda"):
+            return "is of use on a CPU alone"
         return self.serves(case)
 
 

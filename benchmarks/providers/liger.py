@@ -26,7 +26,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, 
 
 
 @cache
-def _dpo_loss(compiled: bool) -> Any:
+def fused_dpo_loss(compiled: bool) -> Any:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     # It takes a reference model's head and hidden states, never its log-probs. Without one the reference is 0, and
@@ -35,7 +35,7 @@ def _dpo_loss(compiled: bool) -> Any:
 
 
 def _fused_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
-    loss, *_ = _dpo_loss(case.compiled)(weight, hidden[:, :-1], labels[:, 1:])
+    loss, *_ = fused_dpo_loss(case.compiled)(weight, hidden[:, :-1], labels[:, 1:])
     return cast(Tensor, loss[0] if isinstance(loss, tuple) else loss)
 
 

@@ -88,7 +88,15 @@ LOGPS = (
 )
 LINEAR = (
     Provider("plain", _linear, "plain", "F.linear, float().log_softmax(-1), gather, sum", slow=True),
-    Provider("plain_fp32", _linear_fp32, "plain", "plain on float32 copies of both operands", rival=True, slow=True),
+    Provider(
+        "plain_fp32",
+        _linear_fp32,
+        "plain",
+        "plain on float32 copies of both operands",
+        rival=True,
+        slow=True,
+        cpu_only=True,
+    ),
     Provider(
         "compiled",
         _linear_compiled,

@@ -18,7 +18,7 @@ from fastpref.losses import preference_loss
 
 from ..cases_step import StepCase
 from .base import BETA, Provider
-from .liger import _dpo_loss as liger_dpo_loss
+from .liger import fused_dpo_loss
 from .plain import plain_logps
 
 StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,7 +96,7 @@ def _liger_layers(model: Any) -> None:
 
 def _liger(model: Any, case: StepCase) -> StepLoss:
     _liger_layers(model)
-    fused = liger_dpo_loss(case.compiled)
+    fused = fused_dpo_loss(case.compiled)
 
     def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
         hidden = model.model(**_inputs(input_ids)).last_hidden_state

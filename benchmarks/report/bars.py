@@ -18,6 +18,7 @@ from .words import (
     best_of_ours,
     day_and_commit,
     device,
+    longest_tokens,
     memory,
     milliseconds,
     shape,
@@ -151,9 +152,8 @@ def longest(file: dict[str, Any], rows: Sequence[Row]) -> Any:
     axis.barh(range(len(rows)), [row["longest"] for row in rows], color=colours, height=0.68)
     axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
     for place, row in enumerate(rows):
-        axis.annotate(
-            f"{row['longest']:,}", (row["longest"], place), (5, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        text, end = longest_tokens(row), (row["longest"], place)
+        axis.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=9)
     axis.invert_yaxis()
     axis.tick_params(length=0)
     axis.set_xticks([])

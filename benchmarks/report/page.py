@@ -21,6 +21,7 @@ from .words import (
     device,
     headline,
     is_timed,
+    longest_tokens,
     memory,
     series_of,
     shape,
@@ -231,7 +232,7 @@ def _longest(name: str, file: File) -> list[str]:
         cells = [
             [
                 f"`{row['provider']}`",
-                f"{row['longest']:,}" if row["longest"] else "none",
+                longest_tokens(row),
                 f"{row['next_failed']:,}" if row.get("next_failed") else "–",
                 memory(row.get("peak_bytes")),
             ]

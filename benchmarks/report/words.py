@@ -162,6 +162,13 @@ def headline(rows: Sequence[Row]) -> list[Row]:
     return max(groups, key=lambda group: (len(group), max(row["work"] for row in group)), default=[])
 
 
+def longest_tokens(row: Row) -> str:
+    """A lower bound where time ended the search and not memory."""
+    if not row["longest"]:
+        return "none"
+    return f"{'≥ ' if row.get('stopped_by') == 'time' else ''}{row['longest']:,}"
+
+
 def slug(*parts: str) -> str:
     """A file's name from what it shows: ("linear", "linear-half") is "linear-half"."""
     first, *rest = parts

@@ -75,6 +75,9 @@ class Suite(ABC):
         """Whether memory is measured; not where that is another call of half a minute."""
         return True
 
+    def forget(self) -> None:  # noqa: B027
+        """Frees what a suite keeps between calls."""
+
     def facts(self, case: Any, provider: str, mode: str, median_ms: float) -> dict[str, Any]:
         """Values for the fields of `extra`."""
         return {}
