@@ -1,11 +1,12 @@
-"""What every kernel compiles to, on GPUs that are not here: registers, stack, spills and shared memory.
+"""What every kernel compiles to, on GPUs that are not here: registers, memory, instructions, occupancy.
 
     python -m fastpref.kernels.compile_report [--module NAME ...] [--kernel NAME ...] [--arch sm_90 ...]
-                                              [--dtype bf16 ...] [--jobs 2] [--json FILE]
+                                              [--dtype bf16 ...] [--jobs 2] [--json FILE] [--markdown FILE]
 
-Triton compiles for a GPU that is not there; `cuobjdump` (in Triton's wheel) reads the numbers from a CUDA
-binary, and for AMD the assembly's metadata holds them. A kernel that spills, has a stack, or asks for more
-shared memory than the GPU has fails, and the exit code is 1.
+Triton compiles for a GPU that is not there, and machine_code.py reads what came of it. A kernel fails, and the exit
+code is 1, if it spills or has a stack, asks for more shared memory than the GPU has, leaves a multiprocessor fewer
+warps than occupancy.py demands, or has narrow accesses where its case promises wide ones. `--markdown` writes the page
+COMPILED.md, from all kernels, GPUs and dtypes.
 
 The protocol for a kernel's module: next to its launcher stands a list named `COMPILE_CASES`, built from the
 **same constants** that the launcher passes, so that what is compiled here is what is launched there:
@@ -36,6 +37,8 @@ The protocol for a kernel's module: next to its launcher stands a list named `CO
   `hip_num_warps` is for a launcher that takes another number on AMD, where a warp is 64 threads.
 - `dtypes` restricts the case, for a launcher whose constants depend on the dtype (give one case a dtype). A
   kernel without `{dtype}` is compiled once and reported as `-`.
+- A case with a size or a stride that 16 divides (an integer with `:16`) promises that each load and store of a tile
+  moves 16 bytes a thread.
 - `note` tells two cases of one kernel apart in the table: `note="stride % 16 == 0"`.
 
 Modules are found by themselves. Each kernel with a grid (`program_id` in its source) that a `kernels/*.py`
@@ -52,16 +55,20 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .compile_table import Row, format_markdown, format_table
+from .machine_code import MachineCode, read_amdgcn, read_cubin
+from .occupancy import ARCHS, Arch, Occupancy, occupancy
+
 DTYPES = ("bf16", "fp16", "fp32")
+WIDE = 16  # bytes: the most that one thread moves at once before sm_100
+NO_CODE = MachineCode(0, 0, 0, 0, {}, {}, [], [])
 
 
 class CompileCase(NamedTuple):
@@ -77,21 +84,6 @@ class CompileCase(NamedTuple):
     note: str = ""
 
 
-class Arch(NamedTuple):
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int  # bytes of shared memory that one block may have
-
-
-ARCHS = {
-    "sm_80": Arch("cuda", 80, 32, 163 * 1024),
-    "sm_90": Arch("cuda", 90, 32, 227 * 1024),
-    "sm_100": Arch("cuda", 100, 32, 227 * 1024),
-    "gfx942": Arch("hip", "gfx942", 64, 64 * 1024),
-}
-
-
 class Job(NamedTuple):
     """What a worker compiles, in names: a kernel itself cannot be sent to another process."""
 
@@ -99,23 +91,6 @@ class Job(NamedTuple):
     position: int  # in the module's COMPILE_CASES
     arch: str
     dtype: str
-
-
-class Row(NamedTuple):
-    """One compiled kernel: `stack` and `shared` in bytes; `problem` is empty where all is well."""
-
-    module: str
-    kernel: str
-    note: str
-    arch: str
-    dtype: str
-    num_warps: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    seconds: float
-    problem: str
 
 
 def find_modules() -> list[str]:
@@ -182,35 +157,38 @@ def compile_job(job: Job) -> Row:
     if arch.backend == "hip" and case.hip_num_warps is not None:
         num_warps = case.hip_num_warps
     options = {"num_warps": num_warps, "num_stages": case.num_stages}
-    registers = stack = spills = shared = 0
-    start, problem = time.perf_counter(), ""
+    warps = num_warps or 4  # Triton's own choice
+    code, resident, shared, problem = NO_CODE, Occupancy(0, 0, "-"), 0, ""
+    start = time.perf_counter()
     try:
         compiled = triton.compile(
             ASTSource(case.kernel, signature, constants, attributes),
-            target=GPUTarget(arch.backend, arch.arch, arch.warp_size),
+            target=GPUTarget(arch.backend, arch.name, arch.warp_size),
             options={name: value for name, value in options.items() if value is not None},
         )
     except Exception as error:
         problem = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
     else:
         shared = compiled.metadata.shared
-        read = _read_cubin if arch.backend == "cuda" else _read_amdgcn
-        registers, stack, spills = read(compiled.asm)
-        problem = _judge(stack, spills, shared, arch.shared_limit)
-    seconds = time.perf_counter() - start
+        code = (read_cubin if arch.backend == "cuda" else read_amdgcn)(compiled.asm)
+        resident = occupancy(
+            arch, warps=warps, registers=code.registers, scalar_registers=code.scalar_registers, shared=shared
+        )
+        problem = "; ".join(_problems(case, arch, code, shared, resident, compiled.asm["ttir"]))
     return Row(
         job.module,
         case.kernel.__name__,
         case.note,
         job.arch,
         job.dtype,
-        num_warps or 4,
-        registers,
-        stack,
-        spills,
-        shared,
-        round(seconds, 2),
-        problem,
+        warps,
+        shared=shared,
+        **code._asdict(),
+        blocks=resident.blocks,
+        resident_warps=resident.warps,
+        limiter=resident.limiter,
+        seconds=round(time.perf_counter() - start, 2),
+        problem=problem,
     )
 
 
@@ -229,39 +207,22 @@ def _specialise(case: CompileCase, dtype: str) -> tuple[dict[str, str], dict[str
     return signature, constants, attributes
 
 
-def _judge(stack: int, spills: int, shared: int, shared_limit: int) -> str:
-    problems = []
-    if stack or spills:
-        problems.append(f"spills: {stack} bytes of stack, {spills} registers spilled")
-    if shared > shared_limit:
-        problems.append(f"needs {shared} bytes of shared memory, the GPU has {shared_limit}")
-    return "; ".join(problems)
-
-
-def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Registers, stack bytes and spills (local memory outside the stack, 0 in practice) of a CUDA binary."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
-    if found is None:
-        raise RuntimeError(f"{tool} printed no resource usage: {printed!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack, local
-
-
-def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Vector registers, scratch bytes and spilled vector registers, from the metadata at the assembly's end.
-
-    Scalar registers that the compiler parks in lanes of a vector register never touch memory, and do not count.
-    """
-    numbers = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", asm["amdgcn"], re.MULTILINE)}
-    return numbers["vgpr_count"], numbers["private_segment_fixed_size"], numbers["vgpr_spill_count"]
+def _problems(
+    case: CompileCase, arch: Arch, code: MachineCode, shared: int, resident: Occupancy, ttir: str
+) -> Iterator[str]:
+    if code.stack or code.spills:
+        yield f"spills: {code.stack} bytes of stack, {code.spills} registers spilled"
+    if shared > arch.block_shared:
+        yield f"needs {shared} bytes of shared memory, the GPU has {arch.block_shared}"
+    elif resident.warps < arch.min_warps:
+        yield f"a multiprocessor holds {resident.warps} warps (limit: {resident.limiter}), wanted {arch.min_warps}"
+    if any(not kind.startswith("*") and kind.endswith(":16") for kind in case.signature.values()):
+        for verb, widths in (("load", code.loads), ("store", code.stores)):
+            # A single value is `tt.load %p : !tt.ptr<f32>`, a tile `tt.load %p : tensor<4x!tt.ptr<f32>>`.
+            single = len(re.findall(rf"\btt\.{verb}\b.*: !tt\.ptr<", ttir))
+            narrow = sum(count for width, count in widths.items() if width < WIDE)
+            if narrow > single:
+                yield f"16 divides its sizes, and {narrow} {verb}s are below {WIDE} bytes, {single} of single values"
 
 
 def compile_all(jobs: Sequence[Job], *, processes: int = 1) -> list[Row]:
@@ -272,17 +233,6 @@ def compile_all(jobs: Sequence[Job], *, processes: int = 1) -> list[Row]:
         return list(pool.map(compile_job, jobs, chunksize=4))
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    header = ("kernel", "arch", "dtype", "warps", "registers", "stack", "spills", "shared", "verdict")
-    lines: list[tuple[str, ...]] = [header]
-    for row in rows:
-        name = f"{row.kernel} [{row.note}]" if row.note else row.kernel
-        numbers = (row.num_warps, row.registers, row.stack, row.spills, row.shared)
-        lines.append((name, row.arch, row.dtype, *map(str, numbers), row.problem or "ok"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-    return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpref.kernels.compile_report", description="What each kernel compiles to."
@@ -291,9 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels")
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--markdown", type=Path, help="write the page COMPILED.md here: all kernels, GPUs and dtypes")
     options = parser.parse_args(argv)
+    chosen = [name for name in ("module", "kernel", "arch", "dtype") if vars(options)[name] != parser.get_default(name)]
+    if options.markdown is not None and chosen:
+        parser.error(f"--markdown writes the page of all kernels, got --{' --'.join(chosen)} as well: leave that out")
     jobs = list_jobs(options.module or find_modules(), archs=options.arch, dtypes=options.dtype, kernels=options.kernel)
     rows = compile_all(jobs, processes=max(1, options.jobs))
     print(format_table(rows))
@@ -301,6 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(rows)} compiled kernels, {failed} with a problem")
     if options.json is not None:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    if options.markdown is not None:
+        import triton
+
+        options.markdown.write_text(format_markdown(rows, triton.__version__), encoding="utf-8")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles, for GPUs that are not here, without spills and within shared memory.
+"""Every kernel compiles, for GPUs that are not here, to what kernels/COMPILED.md says: no spills, wide accesses, room.
 
 The compiles run in a process of their own: without a GPU conftest.py turns Triton's interpreter on, and
 what is defined under it cannot be compiled.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastpref.kernels.compile_table import REGENERATE  # noqa: E402
+from fastpref.kernels.machine_code import read_amdgcn  # noqa: E402
+from fastpref.kernels.occupancy import ARCHS, occupancy  # noqa: E402
+
+PAGE = Path(__file__).parents[1] / "kernels" / "COMPILED.md"
+
+AMD_METADATA = ("vgpr_count", "sgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
 
 KERNELS = """
 import triton
@@ -41,14 +50,46 @@ def greedy(x, out, DEPTH: tl.constexpr):
     tl.store(out + rows[:, None] * 64 + tl.arange(0, 64)[None, :], product.to(out.dtype.element_ty))
 
 
+@triton.jit
+def strided(x, out, size, STEP: tl.constexpr):
+    offsets = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tile = tl.load(x + offsets, mask=offsets < size)
+    tl.store(out + offsets * STEP, tile, mask=offsets < size)
+
+
+@triton.jit
+def product(x, out, depth, SIZE: tl.constexpr):
+    row = tl.arange(0, SIZE)
+    step = tl.arange(0, 64)
+    total = tl.zeros([SIZE, SIZE], tl.float32) + tl.program_id(0)
+    for first in range(0, depth, 64):
+        tile = tl.load(x + row[:, None] * depth + first + step[None, :])
+        total = tl.dot(tile, tl.trans(tile), total)
+    tl.store(out + row[:, None] * SIZE + row[None, :], total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def described(x, out, rows, SIZE: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, [rows, SIZE], [SIZE, 1], [64, SIZE])
+    target = tl.make_tensor_descriptor(out, [rows, SIZE], [SIZE, 1], [64, SIZE])
+    first = tl.program_id(0) * 64
+    target.store([first, 0], source.load([first, 0]))
+
+
 POINTERS = {"x": "*{dtype}:16", "out": "*{dtype}:16"}
 """
 
 SPILLING_CASES = """
 COMPILE_CASES = [
     CompileCase(spilling, {**POINTERS, "rounds": "i32"}, {"BLOCK": 256}, num_warps=1, note="small"),
+    CompileCase(spilling, {**POINTERS, "rounds": "i32"}, {"BLOCK": 4096}, num_warps=1, note="starving"),
     CompileCase(spilling, {**POINTERS, "rounds": "i32"}, {"BLOCK": LARGE}, num_warps=1, note="large"),
     CompileCase(greedy, POINTERS, {"DEPTH": 1024}, num_warps=16),
+    CompileCase(strided, {**POINTERS, "size": "i32:16"}, {"STEP": 1}, note="step 1"),
+    CompileCase(strided, {**POINTERS, "size": "i32:16"}, {"STEP": 3}, note="step 3"),
+    CompileCase(strided, {**POINTERS, "size": "i32"}, {"STEP": 1}, note="no promise"),
+    CompileCase(product, {**POINTERS, "depth": "i32:16"}, {"SIZE": 128}, num_stages=3, dtypes=("bf16",)),
+    CompileCase(described, {**POINTERS, "rows": "i32"}, {"SIZE": 64}, dtypes=("bf16",)),
 ]
 """
 
@@ -75,9 +116,18 @@ def run_report(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, 
     return done.returncode, done.stdout, json.loads(rows.read_text()) if rows.exists() else []
 
 
-def test_every_kernel_compiles_without_spills_for_every_gpu_and_dtype(tmp_path: Path) -> None:
-    code, printed, rows = run_report(tmp_path)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dict[str, Any]], str]:
+    """Exit code, output and rows of the whole report, and the page it writes: compiled once for all tests."""
+    folder = tmp_path_factory.mktemp("report")
+    code, printed, rows = run_report(folder, "--markdown", str(folder / "page.md"))
     print(printed)
+    return code, printed, rows, (folder / "page.md").read_text("utf-8")
+
+
+def test_every_kernel_compiles_without_spills_for_every_gpu_and_dtype(report: Any) -> None:
+    """And with wide accesses and enough warps: the report's exit code is 0."""
+    code, printed, rows, _ = report
     assert code == 0, printed
     compiled: dict[str, set[tuple[str, str]]] = {}
     for row in rows:
@@ -91,26 +141,161 @@ def test_every_kernel_compiles_without_spills_for_every_gpu_and_dtype(tmp_path: 
         assert seen == wanted, kernel
 
 
-def test_a_kernel_that_spills_or_asks_for_too_much_shared_memory_fails(tmp_path: Path) -> None:
-    (tmp_path / "bad_kernels.py").write_text(KERNELS + "LARGE = 8192" + SPILLING_CASES)
-    code, printed, rows = run_report(tmp_path, "--module", "bad_kernels", "--arch", "sm_90", "--dtype", "fp32")
+def test_no_kernel_multiplies_matrices_or_copies_asynchronously(report: Any) -> None:
+    """As the page says: the products are cuBLAS's. A kernel that starts to changes this test and that sentence."""
+    assert [row for row in report[2] if row["matrix"] or row["copies"]] == []
+
+
+def test_the_committed_page_lists_the_kernels_that_there_are(report: Any) -> None:
+    """Whatever the version of Triton: each kernel, case and dtype has its row for each GPU, in the report's order."""
+
+    def names(page: str) -> list[list[str]]:
+        return [
+            line.split(" | ")[:2] if line.startswith("| ") else [line] for line in page.splitlines() if line[:1] in "|#"
+        ]
+
+    assert names(PAGE.read_text("utf-8")) == names(report[3]), f"write the page again: {REGENERATE}"
+
+
+def test_the_committed_page_is_what_compiling_gives(report: Any) -> None:
+    """Registers, memory, instructions and occupancy to the last figure; another Triton gives others."""
+    committed = PAGE.read_text("utf-8")
+    version = re.search(r"^Triton (\S+);", committed, re.MULTILINE)
+    assert version is not None, f"no version of Triton in the page, write it again: {REGENERATE}"
+    if version[1] != triton.__version__:
+        pytest.skip(f"the page is of Triton {version[1]}, here is {triton.__version__}")
+    assert committed.splitlines() == report[3].splitlines(), f"write the page again: {REGENERATE}"
+
+
+def test_the_page_is_of_all_kernels_or_none(tmp_path: Path) -> None:
+    code, printed, _ = run_report(tmp_path, "--arch", "sm_90", "--markdown", str(tmp_path / "page.md"))
+    assert code == 2
+    assert "--markdown writes the page of all kernels, got --arch as well: leave that out" in printed
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, dict[tuple[str, str], dict[str, Any]]]:
+    """Exit code, output and, by kernel and note, the rows of kernels made to break each guard, on sm_90."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad_kernels.py").write_text(KERNELS + "LARGE = 8192" + SPILLING_CASES)
+    kernels = ("spilling", "greedy", "strided")
+    arguments = ("--module", "bad_kernels", "--kernel", *kernels, "--arch", "sm_90", "--dtype", "fp32")
+    code, printed, rows = run_report(folder, *arguments)
+    return code, printed, {(row["kernel"], row["note"]): row for row in rows}
+
+
+def test_a_kernel_that_spills_or_asks_for_too_much_shared_memory_fails(bad: Any) -> None:
+    code, printed, rows = bad
     assert code == 1, printed
-    small, large, greedy = rows
+    small, large, greedy = (rows[key] for key in (("spilling", "small"), ("spilling", "large"), ("greedy", "")))
     assert (small["problem"], small["stack"]) == ("", 0)
     assert large["stack"] > 0
     assert large["problem"].startswith("spills: ")
     assert greedy["shared"] > 227 * 1024
     assert "bytes of shared memory, the GPU has 232448" in greedy["problem"]
-    assert "3 compiled kernels, 2 with a problem" in printed
+    assert greedy["blocks"] == 0
+    assert "7 compiled kernels, 4 with a problem" in printed
+
+
+def test_a_kernel_that_leaves_too_few_warps_fails(bad: Any) -> None:
+    """It neither spills nor has a stack: its registers alone keep other blocks out."""
+    row = bad[2]["spilling", "starving"]
+    assert (row["stack"], row["spills"], row["limiter"]) == (0, 0, "registers")
+    assert row["resident_warps"] == 65536 // (-(-row["registers"] // 8) * 8 * 32) // 4 * 4 < 16
+    assert row["problem"] == f"a multiprocessor holds {row['resident_warps']} warps (limit: registers), wanted 16"
+
+
+def test_a_kernel_with_narrow_accesses_fails_where_16_divides_its_sizes_and_only_there(bad: Any) -> None:
+    wide, narrow, free = (bad[2]["strided", note] for note in ("step 1", "step 3", "no promise"))
+    assert (wide["loads"], wide["stores"], wide["problem"]) == ({"16": 2}, {"16": 2}, "")
+    assert (narrow["loads"], narrow["stores"]) == ({"16": 2}, {"4": 8})
+    assert narrow["problem"] == "16 divides its sizes, and 8 stores are below 16 bytes, of them 0 single values"
+    assert (free["loads"], free["stores"], free["problem"]) == ({"4": 8}, {"4": 8}, "")
+
+
+def test_matrix_and_copy_instructions_are_seen_where_there_are_any(tmp_path: Path) -> None:
+    """What "none" in the page is worth: wgmma, tensor memory, cp.async, TMA and MFMA each show in kernels that have it."""
+    (tmp_path / "bad_kernels.py").write_text(KERNELS + "LARGE = 8192" + SPILLING_CASES)
+    _, printed, rows = run_report(
+        tmp_path, "--module", "bad_kernels", "--kernel", "product", "described", "--dtype", "bf16"
+    )
+    found = {(row["kernel"], row["arch"]): (row["matrix"], row["copies"]) for row in rows}
+    assert "does not compile" not in printed, printed
+    assert found["product", "sm_80"] == (["HMMA"], ["LDGSTS"])
+    assert found["product", "sm_90"] == (["HGMMA", "WARPGROUP"], ["LDGSTS"])
+    assert {"UTCHMMA", "LDTM"} <= set(found["product", "sm_100"][0])
+    assert found["product", "sm_100"][1] == ["LDGSTS"]
+    assert [name[:7] for name in found["product", "gfx942"][0]] == ["v_mfma_"]
+    for arch in ("sm_90", "sm_100"):
+        assert {"UTMALDG", "UTMASTG"} <= set(found["described", arch][1])
+    assert found["described", "sm_80"] == ([], [])
 
 
 def test_a_spill_on_amd_is_seen(tmp_path: Path) -> None:
     (tmp_path / "bad_kernels.py").write_text(KERNELS + "LARGE = 16384" + SPILLING_CASES)
     arguments = ("--module", "bad_kernels", "--kernel", "spilling", "--arch", "gfx942", "--dtype", "bf16")
-    code, printed, (small, large) = run_report(tmp_path, *arguments)
+    code, printed, (small, _, large) = run_report(tmp_path, *arguments)
     assert code == 1, printed
     assert small["problem"] == ""
     assert large["stack"] + large["spills"] > 0
+
+
+# The numbers of the first two are NVIDIA's own example ("CUDA C++ Best Practices Guide", occupancy: 37 registers on
+# compute capability 7.0, whose registers and warps are those of 8.0); the rest is worked out by hand.
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "wanted"),
+    [
+        ("sm_80", 4, 37, 0, (12, 48, "registers")),
+        ("sm_80", 10, 37, 0, (4, 40, "registers")),
+        ("sm_90", 4, 33, 0, (12, 48, "registers")),  # 40 a thread: 12 warps in each of four parts
+        ("sm_90", 4, 32, 0, (16, 64, "threads")),
+        ("sm_90", 1, 32, 0, (32, 32, "blocks")),
+        ("sm_90", 1, 64, 0, (32, 32, "registers and blocks")),
+        ("sm_90", 4, 32, 56 * 1024, (4, 16, "shared memory")),  # 228 KiB less 1 KiB for each of the four
+        ("sm_90", 4, 32, 56 * 1024 + 1, (3, 12, "shared memory")),
+        ("sm_80", 4, 32, 40 * 1024, (4, 16, "shared memory")),
+        ("sm_80", 4, 32, 40 * 1024 + 1, (3, 12, "shared memory")),
+        ("sm_100", 4, 255, 227 * 1024, (1, 4, "shared memory")),
+        ("sm_100", 16, 255, 0, (0, 0, "registers")),  # such a launch fails
+        ("gfx942", 1, 64, 0, (32, 32, "threads")),  # one wavefront needs no barrier
+        ("gfx942", 2, 64, 512, (16, 32, "threads")),
+        ("gfx942", 8, 64, 32 * 1024 + 1, (1, 8, "shared memory")),
+    ],
+)
+def test_occupancy_is_what_the_documented_limits_give(
+    arch: str, warps: int, registers: int, shared: int, wanted: tuple[int, int, str]
+) -> None:
+    assert occupancy(ARCHS[arch], warps=warps, registers=registers, shared=shared) == wanted
+
+
+@pytest.mark.parametrize(
+    ("registers", "scalar", "wavefronts"),
+    [
+        (64, 80, 8),
+        (63, 84, 7),
+        (64, 98, 6),
+        (72, 72, 7),
+        (80, 98, 6),
+        (84, 72, 5),
+        (89, 106, 5),
+        (98, 106, 4),
+        (117, 106, 4),
+    ],
+)
+def test_occupancy_on_amd_is_what_llvm_prints(registers: int, scalar: int, wavefronts: int) -> None:
+    """`; Occupancy:` (wavefronts a SIMD) beside `TotalNumVgprs` and `TotalNumSgprs` in what Triton 3.9 compiled."""
+    found = occupancy(ARCHS["gfx942"], warps=1, registers=registers, shared=0, scalar_registers=scalar)
+    assert found.warps == 4 * wavefronts
+
+
+def test_amd_loads_into_shared_memory_count_as_copies_and_unknown_widths_are_errors() -> None:
+    metadata = "".join(f"    .{name}: 1\n" for name in AMD_METADATA)
+    copying = "\tbuffer_load_dword v1, s[0:3], 0 offen lds\n\tbuffer_load_dwordx4 v[2:5], v1, s[0:3], 0\n"
+    code = read_amdgcn({"amdgcn": copying + metadata})
+    assert (code.loads, code.copies) == ({16: 1}, ["buffer_load_lds_dword"])
+    with pytest.raises(ValueError, match="width of the instruction global_load_tr_b6 is not known"):
+        read_amdgcn({"amdgcn": "\tglobal_load_tr_b6 v1, v2, off\n" + metadata})
 
 
 @pytest.mark.parametrize(
