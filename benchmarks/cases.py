@@ -133,7 +133,7 @@ def logps_cases(device_class: str, *, memory: int) -> list[LogpsCase]:
         ]
     if device_class == "quick":
         quick = LogpsCase("quick-logits", 2, 128, VOCABS["gpt2"], 0.5, rounds=3, beside="lengths")
-        return _series("gpt2-length", quick, (128, 256, 512))
+        return _series("gpt2-length", quick, (64, 128, 256))
     gpt2 = LogpsCase("gpt2", 2, 256, VOCABS["gpt2"], 0.5)
     if device_class == "cpu":
         return [
