@@ -241,7 +241,7 @@ def _memory(run: Run, entry: Entry, inputs: Inputs, *, warm: bool) -> dict[str, 
 
 
 def _limit_row(run: Run, entry: Entry) -> results.Row | None:
-    """The row of the limit for this shape, measured now where the run has none yet."""
+    """The row of the limit for this shape; measured now where the run has none yet and the case wants one."""
     suite, case, name, mode = entry
     limit = suite.limit_provider
     if limit is None or name == limit:
@@ -250,7 +250,8 @@ def _limit_row(run: Run, entry: Entry) -> results.Row | None:
         same = (row["suite"], row["provider"], row["mode"]) == (suite.name, limit, mode)
         if same and all(row[field] == getattr(case, field) for field in suite.limit_shape):
             return row
-    return measure(run, Entry(suite, case, limit, mode))
+    wanted = (limit, mode) in suite.entries(case, run.device_class)
+    return measure(run, Entry(suite, case, limit, mode)) if wanted else None
 
 
 def _limit_ms(run: Run, entry: Entry, work: int, row: results.Row | None, median_ms: float) -> float | None:
