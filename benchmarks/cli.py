@@ -18,6 +18,8 @@ from fastpref.options import Parser, UsageError
 from . import results
 from .report.compare import compare
 
+# Beyond this share of time that a hypervisor took, times are not to be trusted.
+MUCH_STOLEN = 0.02
 DESCRIPTION = """Time, memory and error of fastpref beside other ways to the same numbers, and beside the limit of this
 machine, all measured in one run. Writes a results file (row by row: an interrupted run keeps its rows) and pictures."""
 
@@ -153,6 +155,9 @@ def _show(run: Any, console: Console, *, plots: bool) -> None:
     console.print(NOTE, style="dim", highlight=False)
     for reason, rows in _by_reason(run.skipped).items():
         console.print(f"skipped, {reason}: {', '.join(rows)}", markup=False, highlight=False, soft_wrap=True)
+    if (worst := max((row["stolen_share"] or 0 for row in run.rows), default=0)) > MUCH_STOLEN:
+        note = f"up to {worst:.0%} of the processors' time during a row went to other machines on this host: measure again"
+        console.print(note, style="bold", highlight=False, soft_wrap=True)
     for promise in judge(run.rows, run.device_class):
         console.print(str(promise), highlight=False, soft_wrap=True)
     made = []

@@ -79,6 +79,22 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
+    """Ticks of all processors since the start, and those of them that a hypervisor gave to others; None where unknown."""
+    if not stat.exists():
+        return None
+    ticks = [int(word) for word in stat.read_text().partition("\n")[0].split()[1:]]
+    return sum(ticks[:8]), ticks[7]
+
+
+def stolen_share(before: tuple[int, int] | None) -> float | None:
+    """Of the processors' time since `before`: what other machines on the same host took. Times beside much are noise."""
+    now = cpu_times()
+    if before is None or now is None:
+        return None
+    return (now[1] - before[1]) / max(1, now[0] - before[0])
+
+
 def copy_bandwidth(device: str, size: int) -> float:
     """GB/s of a copy within the device's memory, counting bytes read and bytes written; median of 10."""
     source = torch.ones(size, dtype=torch.uint8, device=device)

@@ -14,7 +14,16 @@ import torch
 
 from . import results
 from .cases import DEVICE_CLASSES
-from .measure import MemoryWorker, Timer, copy_bandwidth, is_gpu, peak_on_gpu, spread
+from .measure import (
+    MemoryWorker,
+    Timer,
+    copy_bandwidth,
+    cpu_times,
+    is_gpu,
+    peak_on_gpu,
+    spread,
+    stolen_share,
+)
 from .providers.base import Provider
 from .suites import SUITES
 from .suites.base import Inputs, Output, Suite
@@ -181,7 +190,7 @@ def _measure(run: Run, entry: Entry, clock: Clock) -> results.Row | None:
         outputs.clear()  # frees what the last call left, outside of the next one's time
         timer.before()
 
-    start = perf_counter()
+    start, ticks = perf_counter(), cpu_times()
     loop(call, before, 1)
     first_ms = 1e3 * (perf_counter() - start)
     errors = suite.errors(case, inputs.truth, outputs.pop())
@@ -192,6 +201,7 @@ def _measure(run: Run, entry: Entry, clock: Clock) -> results.Row | None:
     rounds = min(case.rounds, SLOW_ROUNDS) if slow else case.rounds
     clock(call, before, max(1, rounds - counted))
     outputs.clear()
+    stolen = stolen_share(ticks)
     times = spread(timer.seconds()[0 if counted else 1 :])
 
     work = suite.work(case, mode)
@@ -209,6 +219,7 @@ def _measure(run: Run, entry: Entry, clock: Clock) -> results.Row | None:
         "series": case.series,
         **times,
         "first_ms": first_ms,
+        "stolen_share": stolen,
         "work": work,
         "work_unit": suite.work_unit,
         "rate": work / times["median_ms"] / (1e6 if suite.work_unit == "B" else 1e9),

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
 from fastpref.benchmarks import results
-from fastpref.benchmarks.measure import Timer, peak_on_gpu
+from fastpref.benchmarks.measure import Timer, cpu_times, peak_on_gpu, stolen_share
 from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.runner import Entry, Run, measure, select
 from fastpref.benchmarks.suites import SUITES
@@ -67,6 +67,7 @@ def test_every_row_has_time_memory_its_rate_and_its_ratio_to_the_limit(run: Run)
         assert 0 < row["min_ms"] <= row["q1_ms"] <= row["median_ms"] <= row["q3_ms"], row
         assert len(row["times_ms"]) == row["rounds"] >= 1
         assert row["first_ms"] > 0
+        assert row["stolen_share"] is None or 0 <= row["stolen_share"] <= 1
         scale = {"GB/s": 1e6, "TFLOP/s": 1e9}[row["rate_unit"]]
         assert math.isclose(row["rate"], row["work"] / row["median_ms"] / scale)
         assert math.isclose(row["ratio_to_limit"], row["limit_ms"] / row["median_ms"])
@@ -379,6 +380,19 @@ def test_the_promises_on_a_gpu_are_ratios_to_limits_and_peaks() -> None:
         "linear-half: 1.10 times the products alone, 3 of them, fastpref train (at most 1.12): met",
         "linear-half: 1024.00 MiB beyond the gradients (at most 1126.4): met",
     ]
+
+
+def test_time_that_a_hypervisor_took_is_told(tmp_path: Path) -> None:
+    """user nice system idle iowait irq softirq steal guest: guest is part of user and does not count twice."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 10 20 60 0 5 3 2 50 0\ncpu0 1 1 1\n")
+    assert cpu_times(stat) == (200, 2)
+    assert cpu_times(tmp_path / "none") is None
+    assert stolen_share(None) is None
+    before = cpu_times()
+    share = stolen_share(before)
+    assert (share is None) == (before is None)
+    assert share is None or 0 <= share <= 1
 
 
 class _FakeCuda:
