@@ -156,7 +156,9 @@ def _show(run: Any, console: Console, *, plots: bool) -> None:
     for reason, rows in _by_reason(run.skipped).items():
         console.print(f"skipped, {reason}: {', '.join(rows)}", markup=False, highlight=False, soft_wrap=True)
     if (worst := max((row["stolen_share"] or 0 for row in run.rows), default=0)) > MUCH_STOLEN:
-        note = f"up to {worst:.0%} of the processors' time during a row went to other machines on this host: measure again"
+        note = (
+            f"up to {worst:.0%} of the processors' time during a row went to other machines on this host: measure again"
+        )
         console.print(note, style="bold", highlight=False, soft_wrap=True)
     for promise in judge(run.rows, run.device_class):
         console.print(str(promise), highlight=False, soft_wrap=True)

@@ -80,7 +80,7 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
-    """Ticks of all processors since the start, and those of them that a hypervisor gave to others; None where unknown."""
+    """Ticks of all processors since the start, and those that a hypervisor gave to others; None where unknown."""
     if not stat.exists():
         return None
     ticks = [int(word) for word in stat.read_text().partition("\n")[0].split()[1:]]
@@ -88,7 +88,7 @@ def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
 
 
 def stolen_share(before: tuple[int, int] | None) -> float | None:
-    """Of the processors' time since `before`: what other machines on the same host took. Times beside much are noise."""
+    """Of the processors' time since `before`: what other machines on the same host took."""
     now = cpu_times()
     if before is None or now is None:
         return None
