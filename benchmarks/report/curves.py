@@ -76,7 +76,7 @@ def against_length(file: dict[str, Any], group: Sequence[Row], axis_of: Axis) ->
         axis.set_ylim(low, max(high, 2))
         axis.axhline(1, color=WARNING, ls="--", lw=1.3)
         axis.annotate(
-            "a whole nat", (0.01, 1), (0, 3), ("axes fraction", "data"), "offset points", color=WARNING, fontsize=9
+            "a whole nat", (0.2, 1), (0, -13), ("axes fraction", "data"), "offset points", color=WARNING, fontsize=9
         )
     if any(points[-1][0] < lengths[-1] for points in lines.values()):
         figure.text(0.76, 0.03, "× no row beyond this length", fontsize=8.5, color=GREYS[1])
