@@ -12,6 +12,8 @@ from fastpref.linear.plan import parse_budget
 
 PRECISIONS = ("fp32", "bf16")
 LOGPS = ("linear", "logits")
+LAYOUTS = ("shared", "packed", "padded")
+ATTENTIONS = ("sdpa", "flex")
 # Those of transformers.get_scheduler that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = (
     "constant",
@@ -21,6 +23,26 @@ SCHEDULES = (
     "inverse_sqrt",
     "linear",
     "polynomial",
+)
+
+OPTIONAL_STRINGS = (
+    "model",
+    "tokenizer",
+    "chat_template",
+    "dataset",
+    "eval_dataset",
+    "reference_model",
+    "reference_cache",
+)
+SWITCHES = (
+    "disable_dropout",
+    "freeze_head",
+    "auto_batch",
+    "gradient_checkpointing",
+    "offload_activations",
+    "save_best",
+    "dry_run",
+    "progress",
 )
 
 # What a trained model bears; random weights would not move at that rate.
@@ -53,6 +75,23 @@ class TrainConfig:
     )
     tokenizer: str | None = _option(None, "Folder or hub name of the tokenizer; by default that of --model.")
     chat_template: str | None = _option(None, "Jinja chat template, as text or as a path to a file.")
+
+    reference_model: str | None = _option(
+        None,
+        "Folder or hub name of the reference model; by default the initial weights of --model, and with an adapter "
+        "those of its base.",
+    )
+    reference_cache: str | None = _option(
+        None, "Folder that keeps reference log-probs, to share them between runs; by default --output_dir."
+    )
+    lora_rank: int = _option(
+        0, "Train LoRA adapters of this rank (PEFT) in place of the weights; 0 trains the weights."
+    )
+    lora_alpha: float | None = _option(None, "LoRA's alpha; by default twice the rank.")
+    lora_target_modules: str = _option(
+        "all-linear", "Names of the modules that get an adapter, separated by commas; the head never does."
+    )
+    freeze_head: bool = _option(False, "Leave the head (lm_head) as it is; embeddings tied to it too.")
 
     # Data
     dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
@@ -106,7 +145,27 @@ class TrainConfig:
         None, "Memory that the log-probs may take with --logps linear, as 512MiB; by default 1GiB."
     )
     disable_dropout: bool = _option(True, "Set every dropout probability of the model to 0.")
+    layout: Literal["shared", "packed", "padded"] = _option(
+        "shared",
+        "How pairs lie in a micro-batch. shared: one row without padding, a pair's prompt once; packed: one row, every "
+        "sequence whole; padded: a row a sequence. A model that the first two cannot serve takes the last, and a line "
+        "says why.",
+    )
+    attention: Literal["sdpa", "flex"] = _option(
+        "sdpa", "What computes the attention of shared and packed rows: SDPA, segment by segment, or FlexAttention."
+    )
+    batch_tokens: int | None = _option(
+        None, "Most tokens in a micro-batch: one that would have more is cut, be it below --batch_size."
+    )
+    group_by_length: bool | None = _option(
+        None,
+        "Bring pairs of like lengths into a step, for less padding; by default where rows are padded.",
+    )
+    auto_batch: bool = _option(
+        False, "Find the largest micro-batch that fits in memory; the pairs of a step stay as they are."
+    )
     gradient_checkpointing: bool = _option(False, "Recompute activations in backward, to save memory.")
+    offload_activations: bool = _option(False, "Keep what backward needs in CPU memory, to save a GPU's.")
 
     # Evaluation, saving, reporting
     eval_every: int | None = _option(None, "Evaluate every so many steps; by default only after the last one.")
@@ -114,6 +173,8 @@ class TrainConfig:
     max_new_tokens: int = _option(64, "Tokens a sampled answer may have.")
     save_every: int = _option(500, "Write a checkpoint every so many steps; 0 writes none (the final model always is).")
     keep_checkpoints: int = _option(2, "How many of the newest checkpoints stay on disk.")
+    save_best: bool = _option(False, "Keep the model of the best evaluation so far in the folder `best`.")
+    best_metric: str = _option("eval_loss", "The metric that --save_best looks at; a loss is better when lower.")
     logging_every: int | None = _option(
         None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10."
     )
@@ -128,13 +189,16 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = _option(
         "stop", "A loss or gradient that is not finite: stop the run, or skip that step's update."
     )
+    dry_run: bool = _option(
+        False, "Check data, model and memory, print the first pair as the model will see it, and train nothing."
+    )
     progress: bool = _option(True, "Show progress bars and a line of metrics at each record.")
 
     def __post_init__(self) -> None:
         self.model_config = _json_object("model_config", self.model_config)
         self.loss_options = _json_object("loss_options", self.loss_options) or {}
         self.resume = _resume(self.resume)
-        for name in ("model", "tokenizer", "chat_template", "dataset", "eval_dataset"):
+        for name in OPTIONAL_STRINGS:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise TypeError(f"{name} must be a non-empty string or None, got {describe(value)}")
@@ -145,11 +209,15 @@ class TrainConfig:
         if not (isinstance(self.loss, str) and self.loss):
             raise TypeError(f"loss must be the name of a loss, got {describe(self.loss)}")
         self._check_numbers()
-        for name in ("disable_dropout", "gradient_checkpointing", "progress"):
+        for name in SWITCHES:
             check_bool(name, getattr(self, name))
+        if self.group_by_length is not None:
+            check_bool("group_by_length", self.group_by_length)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("logps", self.logps, LOGPS)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("attention", self.attention, ATTENTIONS)
         if self.memory_budget is not None:
             parse_budget(self.memory_budget)
         if self.memory_budget is not None and self.logps != "linear":
@@ -163,13 +231,15 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         for name in ("batch_size", "max_new_tokens", "keep_checkpoints"):
             _check_whole(name, getattr(self, name), minimum=1)
-        for name in ("warmup_steps", "sample_prompts", "save_every", "seed"):
+        for name in ("warmup_steps", "sample_prompts", "save_every", "seed", "lora_rank"):
             _check_whole(name, getattr(self, name), minimum=0)
-        for name in ("max_steps", "eval_every", "logging_every", "gradient_accumulation_steps"):
+        for name in ("max_steps", "eval_every", "logging_every", "gradient_accumulation_steps", "batch_tokens"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), minimum=1)
         if self.max_length is not None:
             _check_whole("max_length", self.max_length, minimum=2)
+        if self.lora_alpha is not None:
+            check_number("lora_alpha", self.lora_alpha, minimum=0, open_minimum=True)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, minimum=0)
         check_number("eval_fraction", self.eval_fraction, minimum=0, maximum=1, open_maximum=True)

@@ -7,7 +7,6 @@ import math
 import torch
 
 from fastpref.losses import preference_loss
-from fastpref.training.collate import collate
 from fastpref.training.forward import batch_logps, reference_logps
 from fastpref.training.metrics import means, pair_sums, read_records, write_record, zero_sums
 from fastpref.training.prepare import Run
@@ -27,7 +26,7 @@ def evaluate(run: Run) -> dict[str, float]:
     with torch.no_grad(), run.console.bar("evaluation", len(share)) as bar:
         for begin in range(0, len(share), config.batch_size):
             chunk = share[begin : begin + config.batch_size]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
+            batch = run.collate(chunk)
             policy = batch_logps(run.model, batch, config, reduction=spec.reduction)
             output = preference_loss(*policy, *reference_logps(batch, spec), **config.loss_arguments)
             sums += pair_sums(output, *policy, batch.tokens)

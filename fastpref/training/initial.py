@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastpref.training.collate import collate
 from fastpref.training.data import Pair, data_digest
 from fastpref.training.forward import batch_logps
 from fastpref.training.prepare import ResumeError, Run
@@ -107,7 +106,7 @@ def compute_reference(run: Run, pairs: Sequence[Pair]) -> Tensor:  # (N, 2) floa
         for begin in range(0, len(share), config.batch_size):
             indices = share[begin : begin + config.batch_size]
             chunk = [pairs[index] for index in indices]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=device)
+            batch = run.collate(chunk)
             chosen, rejected = batch_logps(run.model, batch, config, reduction=run.spec.reduction)
             logps[torch.tensor(indices, device=device)] = torch.stack([chosen, rejected], dim=1)
             bar.advance(len(indices))

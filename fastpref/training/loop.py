@@ -21,8 +21,8 @@ from fastpref.training.checkpoints import (
     save_checkpoint,
     save_final_model,
 )
-from fastpref.training.collate import collate
 from fastpref.training.config import TrainConfig
+from fastpref.training.distributed import wrap
 from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
 from fastpref.training.forward import batch_logps, reference_logps
 from fastpref.training.initial import add_reference
@@ -84,7 +84,7 @@ class _Loop:
         # Before anything changes the model: the reference is the initial one.
         self.initial_weights = add_reference(run)
         optimizer = _optimizer(run, self.device)
-        self.model, self.optimizer = run.accelerator.prepare(run.model, optimizer)
+        self.model, self.optimizer = wrap(run.accelerator, run.model, optimizer)
         self.schedule = _schedule(optimizer, run.config, run.steps)
         self.window = Window(self.device)
         self.guard = FiniteGuard(run.accelerator)
@@ -144,7 +144,7 @@ class _Loop:
             # A process whose share is a pair short runs one of the others with weight 0, to keep in step.
             weight = 1.0 if indices else 0.0
             chunk = [run.pairs[index] for index in indices or pairs[:1]]
-            batch = collate(chunk, pad_id=run.pad_id, max_length=run.max_length, device=self.device)
+            batch = run.collate(chunk)
             with nullcontext() if place == len(micro_batches) - 1 else accelerator.no_sync(self.model):
                 policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
                 output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from fastpref.losses import LossSpec, get_loss
 from fastpref.training.batches import BatchPlan
 from fastpref.training.build import build_model, build_tokenizer
 from fastpref.training.checkpoints import checkpoint_folders, find_checkpoint, load_state
+from fastpref.training.collate import Batch, collate
 from fastpref.training.config import (
     LEARNING_RATE,
     MAX_LENGTH,
@@ -61,6 +63,10 @@ class Run:
     output_dir: Path
     checkpoint: Path | None  # to resume from
     state: dict[str, Any] | None  # of that checkpoint
+
+    def collate(self, pairs: Sequence[Pair]) -> Batch:
+        """Pairs as a batch on this process's device, laid out as the run lays them out."""
+        return collate(pairs, pad_id=self.pad_id, max_length=self.max_length, device=self.accelerator.device)
 
     @property
     def settings(self) -> dict[str, Any]:
