@@ -37,6 +37,8 @@ MODELS = {
     "tiny": ModelShape("qwen3", 2, 32, 96, 4, 2, 8, 507),
     "quick": ModelShape("qwen3", 2, 128, 384, 4, 2, 32, VOCABS["gpt2"]),
     "gpt2-head": ModelShape("qwen3", 4, 512, 1536, 8, 4, 64, VOCABS["gpt2"]),
+    "gpt2-wide": ModelShape("qwen3", 12, 1024, 3072, 16, 8, 64, VOCABS["gpt2"]),
+    "qwen3-shallow": ModelShape("qwen3", 2, 512, 1536, 8, 4, 64, VOCABS["qwen3"]),
     "qwen3-head": ModelShape("qwen3", 2, 1024, 3072, 16, 8, 128, VOCABS["qwen3"], tied=True),
     "qwen3-0.6b": ModelShape("qwen3", 28, 1024, 3072, 16, 8, 128, VOCABS["qwen3"], tied=True),
     "llama3-8b-head": ModelShape("llama", 4, 4096, 14336, 32, 8, 128, VOCABS["llama3"]),

@@ -48,14 +48,15 @@ def main() -> int:
             else:
                 answer["peak_bytes"] = steps.peak(question["length"])
         except Exception as error:
-            answer = _refusal(error)
+            answer = refusal(error)
         if not answer.get("fits") and steps is not None:
             steps.forget()
         print(json.dumps(answer), file=answers, flush=True)
     return 0
 
 
-def _refusal(error: Exception) -> dict[str, Any]:
+def refusal(error: Exception) -> dict[str, Any]:
+    """The answer to a question that this error ended: whether memory was the reason."""
     import torch
 
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

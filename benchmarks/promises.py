@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .report.words import is_timed
+
 Row = dict[str, Any]
 MIB = 2**20
 
@@ -28,6 +30,12 @@ GPU_OVER_PRODUCTS = {
 }
 GPU_PEAK_MIB = {"linear-half": 1.1 * 1024, "linear-long": 3.0 * 1024}
 
+# Of whole training runs on a CPU: so many times faster, a share of the peak, losses, the share outside the layers.
+TRAINING_FASTER_THAN = {"trl": 8.0, "plain": 3.0}
+TRAINING_PEAK_OF_TRLS, TRAINING_LOSSES, TRAINING_OUTSIDE_LAYERS = 0.4, 1e-4, 0.25
+TRAINING_FASTER_ON_GPU = 2.0
+LONGEST_OVER_PLAIN = 8.0
+
 
 class Promise(NamedTuple):
     """`got` is `what`, and should be at least (or at most) `bound`."""
@@ -49,10 +57,14 @@ class Promise(NamedTuple):
 
 def judge(rows: Sequence[Row], device_class: str) -> list[Promise]:
     """The promises of a device class, of which the rows are there."""
+    longest = [row for row in rows if "longest" in row]
+    rows = [row for row in rows if is_timed(row)]
     found = {(row["case"], row["mode"], row["provider"]): row for row in rows}
     if device_class == "cpu":
-        return [*_logits_on_cpu(found), *_linear_on_cpu(found)]
-    return [*_logits_on_gpu(rows), *_linear_on_gpu(found)] if device_class == "gpu" else []
+        return [*_logits_on_cpu(found), *_linear_on_cpu(found), *_training_on_cpu(rows), *_longest_on_cpu(longest)]
+    if device_class == "gpu":
+        return [*_logits_on_gpu(rows), *_linear_on_gpu(found), *_training_on_gpu(rows)]
+    return []
 
 
 Found = dict[tuple[str, str, str], Row]
@@ -125,6 +137,54 @@ def _linear_on_gpu(found: Found) -> list[Promise]:
     ]
     peaks = [(found.get((case, "train", "fastpref")), bound) for case, bound in GPU_PEAK_MIB.items()]
     return [*promises, *(promise for row, bound in peaks if row for promise in _peak(row, bound))]
+
+
+def _training(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The training runs of a file: by case, then by contestant."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["suite"] == "training":
+            cases.setdefault(row["case"], {})[row["provider"]] = row
+    return cases
+
+
+def _training_on_cpu(rows: Sequence[Row]) -> list[Promise]:
+    promises = []
+    for case, here in _training(rows).items():
+        ours, trl = here.get("fastpref"), here.get("trl")
+        for name, bound in TRAINING_FASTER_THAN.items():
+            other = here.get(name)
+            if ours and other:
+                promises.append(Promise(case, f"times faster a step than {name}", _times(other, ours), bound, True))
+        if ours and trl:
+            share = ours["peak_bytes"] / trl["peak_bytes"]
+            promises.append(Promise(case, "of the peak of trl's process", share, TRAINING_PEAK_OF_TRLS, False))
+        if ours and ours["dtype"] == "fp32" and ours["loss_error_against"] in here:
+            what = f"of {ours['loss_error_against']}'s loss at the step that is furthest from it"
+            promises.append(Promise(case, what, ours["loss_error"], TRAINING_LOSSES, False))
+        if ours and case.startswith("training-share"):
+            what = "of a step outside the layers"
+            promises.append(Promise(case, what, ours["outside_layers"], TRAINING_OUTSIDE_LAYERS, False))
+    return promises
+
+
+def _training_on_gpu(rows: Sequence[Row]) -> list[Promise]:
+    return [
+        Promise(
+            case, "times faster a step than trl", _times(here["trl"], here["fastpref"]), TRAINING_FASTER_ON_GPU, True
+        )
+        for case, here in _training(rows).items()
+        if "trl" in here and "fastpref" in here
+    ]
+
+
+def _longest_on_cpu(rows: Sequence[Row]) -> list[Promise]:
+    found = {row["provider"]: row for row in rows if row["case"] == "longest-training"}
+    ours, plain = found.get("fastpref"), found.get("plain")
+    if not (ours and plain and plain["longest"]):
+        return []
+    ratio = ours["longest"] / plain["longest"]
+    return [Promise("longest-training", "times the plain loop's longest pair", ratio, LONGEST_OVER_PLAIN, True)]
 
 
 def _times(slower: Row, faster: Row) -> float:

@@ -24,9 +24,12 @@ INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
 def train_command(arguments: list[str]) -> int:
     try:
         from fastpref.training.arguments import parse_arguments
+        from fastpref.training.durable import SaveError
         from fastpref.training.loop import train_run
         from fastpref.training.nonfinite import NonFiniteError
+        from fastpref.training.oom import MemoryLimitError
         from fastpref.training.prepare import ResumeError, prepare
+        from fastpref.training.stopping import exit_code, how_to_go_on
 
         run = prepare(parse_arguments(arguments))
     except INPUT_ERRORS as error:
@@ -35,10 +38,13 @@ def train_command(arguments: list[str]) -> int:
         result = train_run(run)
     except ResumeError as error:
         return _fail("fastpref train", error, code=2)
-    except NonFiniteError as error:
+    except (NonFiniteError, MemoryLimitError, SaveError) as error:
         return _fail("fastpref train", error, code=1)
-    if run.accelerator.is_main_process:
-        print(f"trained {result.step} steps; metrics, curves.png and the model are in {result.output_dir}")
+    if result.stopped is not None:
+        run.console.say(how_to_go_on(result.stopped, result.step, result.output_dir))
+        return exit_code(result.stopped)
+    if run.accelerator.is_main_process and result.dry_run is None:
+        print(f"trained {result.step} steps; {result.output_dir}/README.md lists metrics, curves and the model")
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import backend
+from fastpref.environment import package_version, variables
 
 CORE = ("torch", "triton", "numpy")
 TRAIN_EXTRA = (
@@ -30,18 +30,6 @@ TRAIN_EXTRA = (
     "tokenizers",
     "tensorboard",
     "matplotlib",
-)
-# The environment that changes what runs, ours and Triton's.
-VARIABLES = (
-    "FASTPREF_BACKEND",
-    "FASTPREF_VALIDATE",
-    "TRITON_INTERPRET",
-    "TRITON_CACHE_DIR",
-    "CUDA_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "OMP_NUM_THREADS",
 )
 # Allowed: what eager torch in float32 makes on the same inputs, times this for another order of sums, ...
 ALLOWED_RATIO = 1.5
@@ -61,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _section("devices", _devices())
     _section(
         "environment",
-        [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ] or ["nothing set"],
+        [f"{name}={value}" for name, value in variables().items()] or ["nothing set"],
     )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     lines, healthy = _check(device)
@@ -80,10 +68,7 @@ def _version(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         hint = ": pip install 'fastpref[train]'" if name in TRAIN_EXTRA else ""
         return f"{name:<13} not installed{hint}"
-    try:
-        return f"{name:<13} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{name:<13} found, without a version"
+    return f"{name:<13} {package_version(name) or 'found, without a version'}"
 
 
 def _devices() -> list[str]:

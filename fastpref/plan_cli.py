@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastpref.linear.plan import parse_budget
 from fastpref.losses import get_loss
 from fastpref.models import SOFTCAPS
 from fastpref.options import Parser, UsageError
+from fastpref.tables import print_table, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TITLES = {
@@ -204,21 +204,22 @@ def _print(step: Step, options: argparse.Namespace, reports: list[UseReport], pl
         f"head: N = {step.rows:,} scored of {step.positions:,} positions (pairs = {step.pairs:,}, "
         f"T = {step.length:,}), H = {step.hidden_size:,}, V = {step.vocab:,}, {options.dtype}, {step.machine.name}"
     )
-    print(f"one product: {step.product / 1e12:.3g} TFLOP; memory_budget: {_size(options.memory_budget)}")
+    print(f"one product: {step.product / 1e12:.3g} TFLOP; memory_budget: {size_text(options.memory_budget)}")
     for report in reports:
         _print_use(report, options.memory)
     rows = [
         (
             plan.name,
             "does not fit" if plan.cost is None else f"{plan.cost:.2f}",
-            "" if plan.peak_bytes is None else _size(plan.peak_bytes),
-            _size(plan.least_budget),
+            "" if plan.peak_bytes is None else size_text(plan.peak_bytes),
+            size_text(plan.least_budget),
             ", ".join(plan.chosen_by),
         )
         for plan in plans
     ]
     header = ("plan", "cost in products", "peak", "least budget", "chosen by")
-    _table("plans of a trainable head; the cost counts the traffic that a plan adds", header, rows)
+    title = "plans of a trainable head; the cost counts the traffic that a plan adds"
+    print_table(title, header, rows, words=NAMES)
     print(f"\n{NOTES}")
     if options.memory is None:
         print("--memory SIZE (what is free after weights, optimiser and backbone) adds the longest sequence that fits")
@@ -227,47 +228,17 @@ def _print(step: Step, options: argparse.Namespace, reports: list[UseReport], pl
 def _print_use(report: UseReport, memory: int | None) -> None:
     header = ["path", "products", "peak"]
     if memory is not None:
-        header.append(f"longest in {_size(memory)}")
+        header.append(f"longest in {size_text(memory)}")
     rows = []
     for path in report.paths:
-        row = [path.name, f"{path.products:.2f}", _size(path.peak_bytes)]
+        row = [path.name, f"{path.products:.2f}", size_text(path.peak_bytes)]
         if path.longest is not None:
             row.append(f"{path.longest:,}" if path.longest else "none")
         rows.append(row)
-    title = f"{TITLES[report.use]}; hidden states and gradients take {_size(report.held_bytes)}"
-    _table(title, header, rows)
+    title = f"{TITLES[report.use]}; hidden states and gradients take {size_text(report.held_bytes)}"
+    print_table(title, header, rows, words=NAMES)
     for path in report.paths:
         if path.plan is not None:
             print(f"{path.name}: {path.plan}\n  why: {path.why}")
             if path.longest_plan is not None:
                 print(f"  at the longest, with memory_budget={path.longest_budget} at most: {path.longest_plan}")
-
-
-def _size(count: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}" if count < 100 * unit else f"{count / unit:.0f} {name}"
-    return f"{count / 2**10:.1f} KiB"
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Names to the left, numbers to the right."""
-    print(f"\n{title}")
-    if find_spec("rich") is not None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for name in header:
-            table.add_column(name, justify="left" if name in NAMES else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        Console(highlight=False, width=200).print(table)  # takes what it needs; a pipe or a narrow window cuts nothing
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if name in NAMES else cell.rjust(width)
-            for cell, width, name in zip(row, widths, header, strict=True)
-        ]
-        print("  ".join(cells).rstrip())

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason='needs pip install "fastpref[train]"'
 
 import transformers
 
-from fastpref import models, reference
+from fastpref import reference
 from fastpref.linear import linear_sequence_logps
 from fastpref.models import model_logps
 
@@ -305,7 +305,7 @@ def test_the_head_is_taken_under_autocast_as_it_was_set_where_the_head_is(
         seen.append(("ours", torch.is_autocast_enabled("cpu")))
         return linear_sequence_logps(*args, **options)
 
-    monkeypatch.setattr(models, "linear_sequence_logps", spy)
+    monkeypatch.setattr("fastpref.models.api.linear_sequence_logps", spy)
     plain_head = model.lm_head.forward
 
     def head(x: Tensor) -> Tensor:

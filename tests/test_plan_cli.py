@@ -324,7 +324,7 @@ def test_the_text_has_every_path_and_plan_and_is_the_same_without_rich(
 ) -> None:
     options = [*SIZES, "--max_length=1021", "--pairs=3", "--scored=0.4", "--device=cpu", "--memory=3GiB"]
     with_rich = run(capsys, *options) if importlib.util.find_spec("rich") is not None else None
-    monkeypatch.setattr("fastpref.plan_cli.find_spec", lambda name: None)
+    monkeypatch.setattr("fastpref.tables.find_spec", lambda name: None)
     printed = run(capsys, *options)
     assert printed.startswith("head: N = 2,448 scored of 6,126 positions (pairs = 3, T = 1,021), H = 1,536, ")
     assert "one product: 0.378 TFLOP; memory_budget: 1.00 GiB\n" in printed

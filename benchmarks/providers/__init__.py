@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import cut_cross_entropy, liger, ours, plain, quack, step, torch_own, trl
+from . import cut_cross_entropy, liger, ours, plain, quack, step, torch_own, training, trl
 from .base import Provider
 
-_FILES = (ours, plain, torch_own, trl, liger, cut_cross_entropy, quack, step)
+_FILES = (ours, plain, torch_own, trl, liger, cut_cross_entropy, quack, step, training)
 
 
 def providers_of(suite: str) -> tuple[Provider, ...]:

@@ -74,15 +74,18 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
 
 def planned_on_gpu() -> dict[str, list[Row]]:
     """The cases of the GPU, as rows without numbers: what a page says of them until somebody has measured."""
+    from ..cases_training import CASES, CLASSES
     from ..suites import SUITES  # imports torch
 
-    return {
+    whole = [{"suite": "training", "case": name, **CASES[name].fields()} for name in CLASSES["gpu"]]
+    planned = {
         name: [
             {"suite": name, "case": case.name, **{field: getattr(case, field) for field in suite.shape}}
             for case in suite.cases("gpu", memory=PLANNED_MEMORY)
         ]
         for name, suite in SUITES.items()
     }
+    return {**planned, "training": whole}
 
 
 def _with_block(readme: Path, files: dict[str, dict[str, Any]], folder: Path) -> str:

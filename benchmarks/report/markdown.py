@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .words import LIMIT, Row, best_of_ours, error, fastest_rival, memory, milliseconds, times, tokens
+from .words import LIMIT, Row, best_of_ours, error, fastest_rival, memory, milliseconds, peak_of, times, tokens
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -27,8 +27,8 @@ def against(group: Sequence[Row]) -> list[str]:
         _share_of_limit(ours),
         beside(rival, f"`{rival['provider']}` " if rival else ""),
         beside(plain, ""),
-        memory(ours.get("peak_beyond_gradient_bytes")),
-        memory(rival.get("peak_beyond_gradient_bytes")) if rival else "–",
+        memory(peak_of(ours)),
+        memory(peak_of(rival)) if rival else "–",
         error(ours.get("value_error")),
         error(rival.get("value_error")) if rival else "–",
     ]
@@ -53,7 +53,7 @@ def rows_table(group: Sequence[Row]) -> list[str]:
             times(row["median_ms"] / ours["median_ms"]) if ours else "–",
             _share_of_limit(row),
             "–" if per_second is None else f"{per_second:,.0f}",
-            memory(row.get("peak_beyond_gradient_bytes")),
+            memory(peak_of(row)),
             error(row.get("value_error")),
             error(row.get("gradient_error")),
         )

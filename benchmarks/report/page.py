@@ -11,6 +11,7 @@ from typing import Any
 from ..promises import Promise, judge
 from .markdown import against, length_table, rows_table, table
 from .plots import pictures
+from .training import section as training_section
 from .words import (
     MODES,
     OURS,
@@ -75,7 +76,7 @@ def readme_block(files: Files, folder: str) -> str:
             continue
         if not here:
             lines += [f"On a {CLASSES[device_class]}: **{NOT_MEASURED}** yet.", ""]
-        for suite in ("logps", "linear", "step"):
+        for suite in ("logps", "linear", "step", "training"):
             groups = {
                 name: headline([row for row in _timed(file) if row["suite"] == suite]) for name, file in here.items()
             }
@@ -85,7 +86,7 @@ def readme_block(files: Files, folder: str) -> str:
                 where = _where(here[name], group)
                 lines += [f"{TITLES[suite]}: {shape(group[0])}. {where}.", "", *rows_table(group), ""]
                 picture = slug(suite, group[0]["case"])
-                if suite == "linear" and picture in pictures(here[name]):
+                if suite in ("linear", "training") and picture in pictures(here[name]):
                     lines += [f"![{TITLES[suite]}]({folder}/plots/{name}/{picture}.png)", ""]
     return "\n".join([*lines, NOTE.split(" `rival`")[0]])
 
@@ -127,7 +128,7 @@ def _class_section(device_class: str, files: Files, planned: Planned) -> list[st
         lines += [*table(header, [_head_line(name, file) for name, file in files.items()]), ""]
     else:
         lines += [f"{NOT_MEASURED.capitalize()} yet. `benchmarks/on_gpu.sh OUT_DIR` measures these in one command.", ""]
-    promises = [promise for file in files.values() for promise in judge(_timed(file), file["device_class"])]
+    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
     lines += _promises(promises)
     there = {row["suite"] for file in files.values() for row in _timed(file)}
     for suite in [*TITLES, *sorted(there - TITLES.keys())]:
@@ -190,6 +191,8 @@ def _promises(promises: Sequence[Promise]) -> list[str]:
 def _suite_section(suite: str, name: str, file: File, rows: Sequence[Row]) -> list[str]:
     single = single_rows(rows)
     header = ["case", *_AGAINST, "value error", "rival's error"]
+    if suite == "training":
+        return [f"### {TITLES[suite]}", "", *training_section(name, rows)]
     lines = [f"### {TITLES.get(suite, suite)}", "", f"From [{name}]({name}.json). The limit is {rows[0]['limit']}.", ""]
     for mode, words in MODES.items():
         groups = [group for (_, of), group in cases_of(single).items() if of == mode]

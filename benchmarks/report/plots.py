@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import training
 from .bars import bars, longest
 from .curves import ERROR, MEMORY, TIME, against_length, lines_of
 from .words import LIMIT, Row, cases_of, headline, is_timed, series_of, single_rows, slug
@@ -40,7 +41,10 @@ def pictures(file: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     timed = [row for row in file["rows"] if is_timed(row)]
     for suite in dict.fromkeys(row["suite"] for row in timed):
         rows = [row for row in timed if row["suite"] == suite]
-        if suite != "losses":  # microseconds, without a shape that a picture would show
+        if suite == training.SUITE:
+            groups = {case: group for (case, _), group in cases_of(rows).items() if training.has_picture(group)}
+            found |= {slug(suite, case): partial(training.picture, file, group) for case, group in groups.items()}
+        elif suite != "losses":  # microseconds, without a shape that a picture would show
             found |= _of_cases(file, suite, rows)
         for (series, mode), group in series_of(rows).items():
             for axis in (TIME, MEMORY, *([ERROR] if suite == "logps" else [])):

@@ -17,6 +17,7 @@ TITLES = {
     "linear": "The loss from hidden states",
     "losses": "The losses",
     "step": "A training step",
+    "training": "Whole training runs",
     "longest": "The longest pair that trains",
 }
 MODES = {"train": "forward and backward", "forward": "forward"}
@@ -72,6 +73,11 @@ def memory(size: float | None) -> str:
         if abs(size) >= scale:
             return f"{three(size / scale)} {unit}"
     return f"{round(size / 2**10)} KiB"
+
+
+def peak_of(row: Row) -> float | None:
+    """Beyond inputs and gradients; of a whole run, which has neither apart, the process's."""
+    return row.get("peak_bytes") if row["suite"] == "training" else row.get("peak_beyond_gradient_bytes")
 
 
 def error(value: float | None) -> str:
@@ -163,10 +169,10 @@ def headline(rows: Sequence[Row]) -> list[Row]:
 
 
 def longest_tokens(row: Row) -> str:
-    """A lower bound where time ended the search and not memory."""
+    """A lower bound where time, or the last length that is tried, ended the search and not memory."""
     if not row["longest"]:
         return "none"
-    return f"{'≥ ' if row.get('stopped_by') == 'time' else ''}{row['longest']:,}"
+    return f"{'≥ ' if row.get('stopped_by') in ('time', 'length') else ''}{row['longest']:,}"
 
 
 def slug(*parts: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 import fastpref
 from fastpref.demo.pairs import Pair, mentions
-from fastpref.training.collate import collate
+from fastpref.training.collate import Layout, collate
 from fastpref.training.data import tokenize_rows
 
 BATCH = 32
@@ -79,12 +80,11 @@ def perplexity(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequ
     total, tokens = 0.0, 0
     for begin in range(0, len(pairs), BATCH):
         chunk = pairs[begin : begin + BATCH]
-        batch = collate(chunk, pad_id=tokenizer.pad_token_id, max_length=length, device=model.device)
+        batch = collate(chunk, Layout("padded", tokenizer.pad_token_id, length, model.device))
         count = len(chunk)  # the batch holds each answer twice, as chosen and as rejected: score it once
-        logits = model(
-            input_ids=batch.input_ids[:count], attention_mask=batch.attention_mask[:count], use_cache=False
-        ).logits
-        logps, lengths = fastpref.sequence_logps(logits, batch.labels[:count], return_lengths=True)
+        logits = model(**{name: value[:count] for name, value in batch.inputs.items()}, use_cache=False).logits
+        labels = cast(Tensor, batch.labels)[:count]
+        logps, lengths = fastpref.sequence_logps(logits, labels, return_lengths=True)
         total += logps.sum().item()
         tokens += int(lengths.sum())
     return math.exp(-total / tokens)

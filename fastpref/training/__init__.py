@@ -10,8 +10,21 @@ except ImportError as error:
         f'the training loop needs {error.name}, which is not installed: pip install "fastpref[train]"'
     ) from error
 
+from fastpref.training.checkpoints import ResumeError
 from fastpref.training.config import TrainConfig
+from fastpref.training.durable import SaveError
 from fastpref.training.loop import TrainResult, train
 from fastpref.training.nonfinite import NonFiniteError
+from fastpref.training.oom import MemoryLimitError
+from fastpref.training.reference_columns import with_reference
 
-__all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "train"]
+__all__ = [
+    "MemoryLimitError",
+    "NonFiniteError",
+    "ResumeError",
+    "SaveError",
+    "TrainConfig",
+    "TrainResult",
+    "train",
+    "with_reference",
+]

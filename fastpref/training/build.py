@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.training.adapters import choose_trained
 from fastpref.training.config import TrainConfig
 from fastpref.training.formats import DEFAULT_CHAT_TEMPLATE, read_chat_template
 
@@ -51,16 +52,24 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
         if not (isinstance(given, nn.Module) and hasattr(given, "save_pretrained")):
             raise TypeError(f"model must be a transformers causal language model, got {type(given).__name__}")
         model = given
-        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-            say("the model has 16-bit weights, which small updates leave as they are: load it in float32")
     elif config.model is not None:
         # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    elif config.lora_rank:
+        raise ValueError(
+            f"lora_rank={config.lora_rank} adapts trained weights, and a model with random weights was asked for, of "
+            "which the adapter alone would be saved: set model, or leave lora_rank at 0"
+        )
     else:
         model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, max_length, say), dtype=torch.float32)
     _check_fit(model, tokenizer, max_length)
     if config.disable_dropout:
         disable_dropout(model)
+    model, lines = choose_trained(model, config)
+    for line in lines:
+        say(line)
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        say("the model has 16-bit weights, which small updates leave as they are: load it in float32")
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way; both recompute without re-entering autograd by default.
         newer = getattr(model, "activation_checkpointing_enable", None)

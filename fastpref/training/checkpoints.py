@@ -1,83 +1,185 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, in a folder that appears at once."""
+"""Checkpoints: what a run needs to go on as if it had never stopped; the best model and the final one."""
 
 from __future__ import annotations
 
-import os
+import json
+import math
+import random
 import re
-import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
+
+from fastpref.training.distributed import load_model_state, load_optimizer_state, model_state, optimizer_state
+from fastpref.training.durable import MANIFEST, WRITE_ERRORS, SaveError, find_damage, new_folder, remove_folder, writing
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run
 
 STATE = "training_state.pt"
+OPTIMIZER = "optimizer.pt"
+BEST = "best.json"
+SPARE = 1 << 20  # bytes of a saved model beside its weights: config, tokenizer
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class ResumeError(ValueError):
+    """A checkpoint that this run cannot go on from."""
+
+
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE).is_file()]
+    """The checkpoints of a run, oldest first; what has no manifest is none."""
+    found = [(_step(path), path) for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path:
-    """The checkpoint that `resume` names: the newest of the run for "latest", else a path."""
-    if resume == "latest":
-        folders = checkpoint_folders(output_dir)
-        if not folders:
-            raise FileNotFoundError(f"resume: there is no checkpoint in {output_dir}; start the run without resume")
-        return folders[-1]
-    if not (Path(resume) / STATE).is_file():
-        raise FileNotFoundError(f"resume: {resume!r} is not a checkpoint folder (it has no {STATE})")
-    return Path(resume)
+def find_checkpoint(resume: str, output_dir: Path, accelerator: Any, *, say: Callable[[str], None]) -> Path:
+    """The checkpoint that `resume` names, all its bytes checked: the newest whole one for "latest", else a path.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ResumeError: it is damaged; the message names the file and the next older checkpoint that is whole.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:  # one process reads it all, and tells the others
+        try:
+            found = [_find_latest(output_dir, say) if resume == "latest" else _check_named(Path(resume))]
+        except (FileNotFoundError, ResumeError) as error:
+            found = [error]
+    _broadcast(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the bars that transformers draws when it writes or reads weights."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    yield
-    if shown:
-        transformers_logging.enable_progress_bar()
+def _find_latest(output_dir: Path, say: Callable[[str], None]) -> Path:
+    passed_over: list[str] = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            for line in passed_over:
+                say(f"passing over {line}")
+            return folder
+        passed_over.append(f"{folder}, which is damaged: {damage}")
+    if passed_over:
+        raise ResumeError(
+            f"resume: no checkpoint in {output_dir} is whole, start the run anew in another output_dir. Damaged are "
+            + "; ".join(passed_over)
+        )
+    raise FileNotFoundError(f"resume: there is no checkpoint in {output_dir}; start the run without resume")
 
 
-def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def _check_named(folder: Path) -> Path:
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"resume: {str(folder)!r} is not a checkpoint folder (it has no {MANIFEST})")
+    damage = find_damage(folder)
+    if damage is None:
+        return folder
+    siblings = checkpoint_folders(folder.parent) if _NAME.fullmatch(folder.name) else []
+    older = [other for other in siblings if _step(other) < _step(folder) and find_damage(other) is None]
+    advice = (
+        f"the next older one is whole: resume={str(older[-1])!r}" if older else "there is no older one that is whole"
+    )
+    raise ResumeError(f"resume: {folder} is damaged: {damage}; {advice}")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def save_checkpoint(run: Run, model: Any, optimizer: Any, state: Mapping[str, Any]) -> Path:
+    """Write checkpoint-N for N = state["step"], then delete older ones beyond `keep_checkpoints`.
+
+    Every process calls it with the wrapped model and optimiser, and the main one writes.
+
+    Raises:
+        SaveError: on every process; the earlier checkpoints are as they were.
+    """
+    accelerator, step = run.accelerator, state["step"]
+    weights = model_state(accelerator, model)
+    optimizer_tensors = optimizer_state(accelerator, model, optimizer)
+    rng = _gathered(accelerator, _rng_state(accelerator.device))
+    folder = run.output_dir / f"checkpoint-{step}"
+
+    def write() -> None:
+        with (
+            writing(folder, errors=WRITE_ERRORS, needed=_bytes([weights, optimizer_tensors]) + SPARE),
+            new_folder(folder) as new,
+        ):
+            _save_model(new, run.model, run.tokenizer, weights)
+            _save(dict(state), new / STATE)
+            _save(optimizer_tensors, new / OPTIMIZER)
+            for process, values in enumerate(rng):
+                _save(values, new / f"rng_{process}.pt")
+        # Later ones, of a run that went on from an earlier checkpoint than its last, will be replaced in their turn.
+        older = [other for other in checkpoint_folders(run.output_dir) if _step(other) <= step]
+        with writing(run.output_dir):
+            for other in older[: -run.config.keep_checkpoints]:
+                remove_folder(other)
+
+    _on_main(accelerator, write)
+    return folder
+
+
+def save_final_model(output_dir: Path, model: Any, tokenizer: Any) -> None:
+    """The model of a single process in `output_dir/model`, for from_pretrained; replaces an earlier one at once."""
+    with new_folder(output_dir / "model") as new:
+        _save_model(new, model, tokenizer, model.state_dict())
+
+
+def save_trained_model(run: Run, model: Any) -> None:
+    """The trained model in `model`, for from_pretrained; every process calls it, as it does `save_checkpoint`."""
+    _save_alone(run, model, "model", {})
+
+
+def keep_best(
+    run: Run, model: Any, record: Mapping[str, Any], best: dict[str, float] | None
+) -> dict[str, float] | None:
+    """The best value of `best_metric` so far and its step; its model goes to `best`, if it is this evaluation's."""
+    name = run.config.best_metric
+    if not _improves(name, record[name], None if best is None else best["value"]):
+        return best
+    best = {"step": record["step"], "value": record[name]}
+    if run.config.save_best:
+        _save_alone(run, model, "best", {BEST: {"metric": name, **best}})
+    return best
+
+
+def _improves(name: str, value: float, best: float | None) -> bool:
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if name.endswith("loss") else value > best)
+
+
+def _save_alone(run: Run, model: Any, name: str, notes: Mapping[str, Any]) -> None:
+    weights, folder = model_state(run.accelerator, model), run.output_dir / name
+
+    def write() -> None:
+        with writing(folder, errors=WRITE_ERRORS, needed=_bytes(weights) + SPARE), new_folder(folder) as new:
+            _save_model(new, run.model, run.tokenizer, weights)
+            for file, content in notes.items():
+                (new / file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    _on_main(run.accelerator, write)
+
+
+def _save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor]) -> None:
     with _no_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)  # of a PEFT model: its adapter
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(run: Run, step: int, state: dict[str, Any]) -> Path:
-    """Write checkpoint-`step`, then delete all but the newest `keep_checkpoints`.
-
-    It is written under another name and renamed when complete, so that a run killed meanwhile leaves no half
-    of one.
-    """
-    accelerator = run.accelerator
-    folder = run.output_dir / f"checkpoint-{step}"
-    temporary = run.output_dir / f".checkpoint-{step}.tmp"
-    if accelerator.is_main_process:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
-        _save_model(temporary, run.model, run.tokenizer)
-        torch.save(state, temporary / STATE)
-    accelerator.wait_for_everyone()
-    torch.save(_rng_state(accelerator.device), temporary / f"rng_{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _remove(folder)
-        temporary.rename(folder)
-        for old in checkpoint_folders(run.output_dir)[: -run.config.keep_checkpoints]:
-            _remove(old)
-    accelerator.wait_for_everyone()
-    return folder
+def _save(value: Any, path: Path) -> None:
+    # Through a file of ours, whose OSError says what went wrong; torch's own only that something did.
+    with path.open("wb") as file:
+        torch.save(value, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -85,48 +187,119 @@ def load_state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
-def load_weights(model: Any, folder: Path) -> None:
-    """Put the checkpoint's weights into `model`, which keeps its identity, dtype and device."""
-    # By way of a second model: save_pretrained may shard, rename and leave out tied weights, and undoes all
-    # that itself.
+def load_checkpoint(run: Run, model: Any, optimizer: Any, folder: Path) -> None:
+    """Put weights, optimiser state and random states back; the wrapped model keeps its identity, dtype and device."""
+    random_state = _read_rng(folder, run.accelerator)
+    _load_weights(run, model, folder)
+    # Mapped, no process of many holds the whole of it; on a CPU the optimiser would go on using the file's pages.
+    mapped = run.accelerator.device.type != "cpu"
+    optimizer_tensors = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=mapped)
+    load_optimizer_state(run.accelerator, model, optimizer, optimizer_tensors)
+    _set_rng(random_state, run.accelerator.device)
+
+
+def _load_weights(run: Run, model: Any, folder: Path) -> None:
+    if _is_peft(run.model):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        for name in run.model.peft_config:
+            adapter = folder if name == "default" else folder / name
+            found: Any = set_peft_model_state_dict(run.model, load_peft_weights(str(adapter), device="cpu"), name)
+            if found.unexpected_keys:
+                raise ResumeError(f"{adapter} has weights that the model's adapter lacks: {found.unexpected_keys[:3]}")
+        return
+    # By way of a second model: save_pretrained may shard, rename and leave out tied weights, and undoes it itself.
     with _no_bars():
-        loaded = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(loaded.state_dict())
+        loaded = type(run.model).from_pretrained(folder, dtype=run.model.dtype)
+    load_model_state(run.accelerator, model, loaded.state_dict())
 
 
-def load_rng(folder: Path, accelerator: Any) -> None:
+def _is_peft(model: Any) -> bool:
+    peft = sys.modules.get("peft")  # who has a PeftModel has imported it
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    # The global generators are what libraries draw from.
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    kind, keys, *rest = numpy_state
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": [version, torch.tensor(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _read_rng(folder: Path, accelerator: Any) -> dict[str, Any]:
     path = folder / f"rng_{accelerator.process_index}.pt"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no random state for process {accelerator.process_index}: resume with as many "
             "processes as the run was started with"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _set_rng(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "device" in state and accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], accelerator.device)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if "device" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
 
 
-def save_final_model(output_dir: Path, model: Any, tokenizer: Any) -> Path:
-    """The trained model in `output_dir/model`, for from_pretrained; replaces an earlier one at once."""
-    folder, temporary, old = output_dir / "model", output_dir / ".model.tmp", output_dir / ".model.old"
-    _remove(temporary)
-    _save_model(temporary, model, tokenizer)
-    _remove(old)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    _remove(old)
-    return folder
+def _bytes(value: Any, seen: set[int] | None = None) -> int:
+    """Bytes of all tensors in a nested state; shared ones count once."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        if value.data_ptr() in seen:
+            return 0
+        seen.add(value.data_ptr())
+        return value.nbytes
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_bytes(part, seen) for part in parts)
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["device"] = torch.cuda.get_rng_state(device)
-    return state
+def _gathered(accelerator: Any, value: Any) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _broadcast(values: list[Any]) -> None:
+    """The main process's list, on every process; also a barrier."""
+    from accelerate.utils import broadcast_object_list
+
+    broadcast_object_list(values)
+
+
+def _on_main(accelerator: Any, write: Callable[[], None]) -> None:
+    """Call `write` on the main process; if it fails, every process raises SaveError, and none waits for ever."""
+    problem: list[str | None] = [None]
+    cause: SaveError | None = None
+    if accelerator.is_main_process:
+        try:
+            write()
+        except SaveError as error:
+            problem, cause = [str(error)], error
+    _broadcast(problem)
+    if problem[0] is not None:
+        raise SaveError(problem[0]) from cause
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers draws when it writes or reads weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

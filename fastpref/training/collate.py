@@ -1,13 +1,15 @@
-"""From pairs to a padded batch: all chosen sequences, then all rejected ones, on dim 0."""
+"""From pairs to a batch for the model: one row without padding, or a padded row a sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastpref.models import ScoredTokens, pack_pairs
 from fastpref.training.data import Pair
 
 IGNORE = -100
@@ -15,27 +17,75 @@ PAD_MULTIPLE = 8  # tensor cores want it; more would only be padding
 
 
 @dataclass(frozen=True)
-class Batch:
-    """P pairs as 2P sequences padded on the right, where a causal model's default positions stay right."""
+class Layout:
+    """How pairs lie in a batch, and on which device."""
 
-    input_ids: Tensor  # (2P, T) int64
-    attention_mask: Tensor  # (2P, T) int64
-    labels: Tensor  # (2P, T) int64, -100 outside the response
+    name: str  # shared, packed or padded; what a model cannot be given is not asked for here
+    pad_id: int
+    max_length: int
+    device: torch.device | str = "cpu"
+    attention: str = "sdpa"
+
+    def tokens(self, pair: Pair) -> int:
+        """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
+        together = len(pair.chosen.ids) + len(pair.rejected.ids)
+        return together - pair.shared if self.name == "shared" else together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P pairs, as 2P sequences: all chosen ones, then all rejected ones. Of `labels` and `scored` one is None."""
+
+    inputs: dict[str, Any]  # of the model's forward
+    labels: Tensor | None  # (2P, T) int64, -100 outside the response: a row a sequence
+    scored: ScoredTokens | None  # of 2P sequences: rows that hold several
     rows: list[int]  # (P,) dataset rows
-    tokens: int  # not padding
+    tokens: int  # of the 2P sequences, not padding; a shared prompt counts for both
     ref_chosen: Tensor | None  # (P,) float32
     ref_rejected: Tensor | None  # (P,) float32
 
 
-def collate(pairs: Sequence[Pair], *, pad_id: int, max_length: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad to the batch's longest sequence, rounded up to a multiple of 8 but never beyond `max_length`.
+def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
+    """Pairs as a batch. Nothing in it depends on the layout but the shape of what the model gets."""
+    labels, scored = None, None
+    if layout.name == "padded":
+        inputs, labels = _padded(pairs, layout)
+    else:
+        inputs, scored = pack_pairs(
+            [pair.chosen for pair in pairs],
+            [pair.rejected for pair in pairs],
+            share_prefix=layout.name == "shared",
+            attention=layout.attention,
+            device=layout.device,
+        )
 
-    Padding is known by its position and nothing else: `pad_id` may be the id of a real token (EOS often is).
+    def column(values: list[float | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        if len(known) < len(pairs):
+            return None
+        return torch.tensor(known, dtype=torch.float32).to(layout.device, non_blocking=True)
+
+    return Batch(
+        inputs=inputs,
+        labels=labels,
+        scored=scored,
+        rows=[pair.row for pair in pairs],
+        tokens=sum(len(response.ids) for pair in pairs for response in (pair.chosen, pair.rejected)),
+        ref_chosen=column([pair.ref_chosen_logp for pair in pairs]),
+        ref_rejected=column([pair.ref_rejected_logp for pair in pairs]),
+    )
+
+
+def _padded(pairs: Sequence[Pair], layout: Layout) -> tuple[dict[str, Any], Tensor]:
+    """Rows padded on the right, where a causal model's default positions stay right.
+
+    To the batch's longest sequence, rounded up to a multiple of 8 but never beyond `max_length`. Padding is known by
+    its position and nothing else: `pad_id` may be the id of a real token (EOS often is).
     """
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     longest = max(len(response.ids) for response in responses)
-    width = max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max_length))
-    input_ids = torch.full((len(responses), width), pad_id, dtype=torch.long)
+    width = max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, layout.max_length))
+    input_ids = torch.full((len(responses), width), layout.pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE)
     for place, (ids, start) in enumerate(responses):
@@ -43,19 +93,6 @@ def collate(pairs: Sequence[Pair], *, pad_id: int, max_length: int, device: torc
         input_ids[place, : len(ids)] = tokens
         attention_mask[place, : len(ids)] = 1
         labels[place, start : len(ids)] = tokens[start:]
-
-    def column(values: list[float | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        if len(known) < len(pairs):
-            return None
-        return torch.tensor(known, dtype=torch.float32).to(device, non_blocking=True)
-
-    return Batch(
-        input_ids=input_ids.to(device, non_blocking=True),
-        attention_mask=attention_mask.to(device, non_blocking=True),
-        labels=labels.to(device, non_blocking=True),
-        rows=[pair.row for pair in pairs],
-        tokens=sum(len(response.ids) for response in responses),
-        ref_chosen=column([pair.ref_chosen_logp for pair in pairs]),
-        ref_rejected=column([pair.ref_rejected_logp for pair in pairs]),
-    )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    placed = {name: value.to(layout.device, non_blocking=True) for name, value in inputs.items()}
+    return placed, labels.to(layout.device, non_blocking=True)

@@ -48,9 +48,11 @@ SWITCHES = (
 # What a trained model bears; random weights would not move at that rate.
 LEARNING_RATE = 1e-6
 SCRATCH_LEARNING_RATE = 3e-4
+LORA_LEARNING_RATE = 1e-5  # adapters start from nothing, and bear some ten times what whole weights do
 MAX_LENGTH = 1024
 TRIAL_MAX_LENGTH = 256
 TRIAL_PAIRS = 16
+ALL_LINEAR = "all-linear"
 
 
 def _option(default: Any, text: str, **parser: Any) -> Any:
@@ -89,9 +91,12 @@ class TrainConfig:
     )
     lora_alpha: float | None = _option(None, "LoRA's alpha; by default twice the rank.")
     lora_target_modules: str = _option(
-        "all-linear", "Names of the modules that get an adapter, separated by commas; the head never does."
+        ALL_LINEAR,
+        f"Names of the modules that get an adapter, separated by commas, or {ALL_LINEAR}; the head never does.",
     )
-    freeze_head: bool = _option(False, "Leave the head (lm_head) as it is; embeddings tied to it too.")
+    freeze_head: bool = _option(
+        False, "Leave the head (lm_head) as it is, and embeddings tied to it too: one matrix product in three less."
+    )
 
     # Data
     dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
@@ -114,8 +119,8 @@ class TrainConfig:
     # Optimiser
     learning_rate: float | None = _option(
         None,
-        f"Peak learning rate of AdamW; by default {LEARNING_RATE:g}, and {SCRATCH_LEARNING_RATE:g} for a model with "
-        "random weights.",
+        f"Peak learning rate of AdamW; by default {LEARNING_RATE:g}, {LORA_LEARNING_RATE:g} for adapters, and "
+        f"{SCRATCH_LEARNING_RATE:g} for a model with random weights.",
     )
     schedule: str = _option("linear", "Learning-rate schedule, by its name in transformers.get_scheduler.")
     warmup_steps: int = _option(0, "Steps over which the learning rate rises from 0.")
@@ -240,6 +245,7 @@ class TrainConfig:
             _check_whole("max_length", self.max_length, minimum=2)
         if self.lora_alpha is not None:
             check_number("lora_alpha", self.lora_alpha, minimum=0, open_minimum=True)
+        self._check_lora()
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, minimum=0)
         check_number("eval_fraction", self.eval_fraction, minimum=0, maximum=1, open_maximum=True)
@@ -251,6 +257,13 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             check_number(name, getattr(self, name), minimum=0, maximum=1, open_maximum=True)
         check_number("adam_epsilon", self.adam_epsilon, minimum=0, open_minimum=True)
+
+    def _check_lora(self) -> None:
+        if not (isinstance(self.lora_target_modules, str) and self.lora_target_modules.strip()):
+            raise TypeError(f"lora_target_modules must be a non-empty string, got {describe(self.lora_target_modules)}")
+        for name, default in (("lora_alpha", None), ("lora_target_modules", ALL_LINEAR)):
+            if self.lora_rank == 0 and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} goes with lora_rank, which is 0: set it too")
 
     @property
     def loss_arguments(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastpref.models import shared_length
 from fastpref.training.formats import RenderedPair, common_prefix, render_row
 
 CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's threads busy
@@ -38,6 +39,11 @@ class Pair:
     @property
     def length(self) -> int:
         return max(len(self.chosen.ids), len(self.rejected.ids))
+
+    @property
+    def shared(self) -> int:
+        """Tokens that both sequences begin with: the prompt's, and perhaps more."""
+        return shared_length(self.chosen.ids, self.rejected.ids)
 
 
 @dataclass

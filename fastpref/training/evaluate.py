@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
 from fastpref.losses import preference_loss
+from fastpref.training.batches import cut
+from fastpref.training.distributed import deal, is_sharded
+from fastpref.training.durable import writing
 from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.metrics import means, pair_sums, read_records, write_record, zero_sums
+from fastpref.training.metrics import keep_records, means, pair_sums, write_record, zero_sums
+from fastpref.training.oom import explained
 from fastpref.training.prepare import Run
 
 SAMPLES = "samples.jsonl"
@@ -21,37 +26,49 @@ def evaluate(run: Run) -> dict[str, float]:
     """
     config, spec, accelerator, device = run.config, run.spec, run.accelerator, run.accelerator.device
     sums, has_penalty = zero_sums(device), spec.penalty is not None
-    share = run.eval_pairs[accelerator.process_index :: accelerator.num_processes]
     run.model.eval()
-    with torch.no_grad(), run.console.bar("evaluation", len(share)) as bar:
-        for begin in range(0, len(share), config.batch_size):
-            chunk = share[begin : begin + config.batch_size]
+    with torch.no_grad(), run.console.bar("evaluation", len(run.eval_pairs), unit="pair") as bar:
+        for indices, counts in deal(_batches(run), accelerator):
+            chunk = [run.eval_pairs[index] for index in indices]
             batch = run.collate(chunk)
-            policy = batch_logps(run.model, batch, config, reduction=spec.reduction)
+            with explained(run, "an evaluation", chunk):
+                policy = batch_logps(run.model, batch, config, reduction=spec.reduction)
             output = preference_loss(*policy, *reference_logps(batch, spec), **config.loss_arguments)
-            sums += pair_sums(output, *policy, batch.tokens)
-            bar.advance(len(chunk))
+            if counts:
+                sums += pair_sums(output, *policy, batch.tokens)
+            # The other processes do about as much.
+            bar.advance(len(chunk) * accelerator.num_processes, tokens=batch.tokens * accelerator.num_processes)
     run.model.train()
     totals = accelerator.reduce(sums, "sum").tolist()
     return means(totals, loss_name=spec.name, has_penalty=has_penalty, prefix="eval_")
 
 
-def prepare_samples(run: Run, start: int) -> None:
-    """Keep the samples of the steps that a resumed run has made; a fresh run starts without."""
+def _batches(run: Run) -> list[list[int]]:
+    """The held-out pairs in batches as large as a micro-batch may be, longest first where a pair's loss is its own."""
+    sizes, plan = run.sizes(run.eval_pairs), run.plan
+    indices = range(len(run.eval_pairs))
+    order = sizes.longest_first(indices) if run.spec.separable else indices
+    return cut(order, sizes, batch_size=plan.batch_size, batch_tokens=plan.batch_tokens)
+
+
+def prepare_samples(run: Run, start: int, *, evaluated: bool) -> None:
+    """Keep the samples of the steps that a resumed run has made and evaluated; a fresh run starts without."""
     if run.config.sample_prompts and run.accelerator.is_main_process:
-        kept = read_records(run.output_dir / SAMPLES, start)
-        with (run.output_dir / SAMPLES).open("w", encoding="utf-8") as file:
-            for record in kept:
-                write_record(file, record)
+        keep_records(run.output_dir / SAMPLES, start=start, evaluated=evaluated)
 
 
 def write_samples(run: Run, step: int) -> None:
-    """Append greedy answers to the first `sample_prompts` held-out prompts to samples.jsonl."""
+    """Append greedy answers to the first `sample_prompts` held-out prompts to samples.jsonl.
+
+    The main process does it; of a model that is sharded all must run it together, so every process calls this.
+    """
     config, model, device = run.config, run.model, run.accelerator.device
-    if not config.sample_prompts:
+    main, sharded = run.accelerator.is_main_process, is_sharded(run.accelerator)
+    if not config.sample_prompts or not (main or sharded):
         return
     model.eval()
-    with (run.output_dir / SAMPLES).open("a", encoding="utf-8") as file, torch.no_grad():
+    path = run.output_dir / SAMPLES
+    with writing(path), path.open("a", encoding="utf-8") as file, torch.no_grad():
         for pair in run.eval_pairs[: config.sample_prompts]:
             if not len(pair.prompt):
                 continue
@@ -63,8 +80,11 @@ def write_samples(run: Run, step: int) -> None:
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=min(config.max_new_tokens, room - prompt.shape[1]),
                     do_sample=False,
-                    pad_token_id=run.pad_id,
+                    synced_gpus=sharded,  # until the last of them is done
+                    pad_token_id=run.layout.pad_id,
                 )
+            if not main:
+                continue
             record = {
                 "step": step,
                 "row": pair.row,
@@ -74,4 +94,5 @@ def write_samples(run: Run, step: int) -> None:
                 "rejected": run.tokenizer.decode(pair.rejected.ids[pair.rejected.start :].tolist()),
             }
             write_record(file, record)
+        os.fsync(file.fileno())
     model.train()

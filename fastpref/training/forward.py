@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -21,16 +23,34 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
     which would convert logits to float32 afterwards: a second (2P, T, V) tensor of twice the size, for numbers that
     `sequence_logps` computes in float32 anyway.
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    device = batch.inputs["input_ids"].device
+    enabled = config.precision == "bf16" and multiplies_bf16_faster(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
         if config.logps == "linear":
-            labelled = {**inputs, "labels": batch.labels}
-            found = model_logps(model, labelled, reduction=reduction, memory_budget=config.memory_budget)
+            inputs = batch.inputs if batch.labels is None else {**batch.inputs, "labels": batch.labels}
+            options: dict[str, Any] = {"reduction": reduction, "memory_budget": config.memory_budget}
+            found = model_logps(model, inputs, scored=batch.scored, **options)
         else:
-            logits = model(**inputs, use_cache=False).logits
-            found = sequence_logps(logits, batch.labels, reduction=reduction)
+            logits = model(**batch.inputs, use_cache=False).logits
+            found = _of_logits(logits, batch, reduction)
     chosen, rejected = cast(Tensor, found).chunk(2)  # neither was asked for a second value
     return chosen, rejected
+
+
+def _of_logits(logits: Tensor, batch: Batch, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    if batch.scored is None:
+        return sequence_logps(logits, cast(Tensor, batch.labels), reduction=reduction)
+    source, labels, cu_seqlens = batch.scored
+    rows = logits.flatten(0, 1).index_select(0, source)
+    return sequence_logps(rows, labels, cu_seqlens=cu_seqlens, shift=False, reduction=reduction)
+
+
+@cache
+def multiplies_bf16_faster(device: torch.device) -> bool:
+    """Whether autocast to bfloat16 saves time: not on an x86 CPU without instructions for it, which emulates them."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def reference_logps(batch: Batch, spec: LossSpec) -> tuple[Tensor | None, Tensor | None]:

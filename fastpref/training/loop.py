@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from fastpref.losses import preference_loss
+from fastpref.training.adapters import say_how_to_merge
 from fastpref.training.advice import falling_chosen_reward
+from fastpref.training.auto_batch import auto_batch
 from fastpref.training.checkpoints import (
     checkpoint_folders,
-    load_rng,
-    load_weights,
+    keep_best,
+    load_checkpoint,
     save_checkpoint,
-    save_final_model,
+    save_trained_model,
 )
 from fastpref.training.config import TrainConfig
-from fastpref.training.distributed import wrap
+from fastpref.training.console import progress_note
+from fastpref.training.distributed import backward, clip_gradient, micro_batch, wrap
+from fastpref.training.dry_run import DryRun, dry_run
+from fastpref.training.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
 from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.initial import add_reference
 from fastpref.training.metrics import MetricLog, Window, means, pair_sums, peak_memory
 from fastpref.training.nonfinite import FiniteGuard, NonFiniteError
-from fastpref.training.plots import draw
+from fastpref.training.offload import offloading
+from fastpref.training.oom import MemoryLimitError, explained
+from fastpref.training.optimizer import make_optimizer, make_schedule
+from fastpref.training.plots import Clock, draw
 from fastpref.training.prepare import Run, prepare
+from fastpref.training.reference import add_reference
+from fastpref.training.run_folder import describe_run, write_listing
+from fastpref.training.stopping import Stopped, StopSignals
 
 
 @dataclass
 class TrainResult:
-    """What `fastpref.train` gives back: the model in evaluation mode; `history` holds the records of metrics.jsonl."""
+    """What `fastpref.train` gives back: the model in evaluation mode; `history` holds the records of metrics.jsonl.
+
+    `stopped` is None for a run that made all its steps; else the signal, "SIGTERM" or "SIGINT", that stopped it after
+    `step` steps. Then a checkpoint holds them, and there is no final model. `dry_run` is None but for a dry run, which
+    has made 0 steps: what it found, beside a model without numbers (on the meta device).
+    """
 
     output_dir: Path
     model: Any
     step: int
     history: list[dict[str, Any]]
+    stopped: str | None = None
+    dry_run: DryRun | None = None
 
 
 def train(
@@ -63,9 +78,14 @@ def train(
     The run folder holds metrics.jsonl, curves.png, TensorBoard events, samples.jsonl, the checkpoints and, at
     the end, the trained model in `model`.
 
+    SIGTERM or Ctrl-C stops the run after the step it is at, with a checkpoint: see `TrainResult.stopped`. A second one
+    acts as always. (In the main thread, that is; signals do not reach another.)
+
     Raises:
         ValueError, TypeError, FileNotFoundError: options or data that do not fit, before anything is trained.
         NonFiniteError: a loss or gradient is not finite (with `on_nonfinite="stop"`); the checkpoints stay.
+        MemoryLimitError: memory did not suffice; the message has sizes and remedies, and the checkpoints stay.
+        SaveError: a file could not be written, be the disk full; the checkpoints stay.
     """
     run = prepare(config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
     return train_run(run)
@@ -73,7 +93,24 @@ def train(
 
 def train_run(run: Run) -> TrainResult:
     """Train a run that `prepare` has made ready."""
-    return _Loop(run).train()
+    if run.config.dry_run:
+        return TrainResult(run.output_dir, run.model, 0, [], dry_run=dry_run(run))
+    with StopSignals(run.accelerator) as signals:
+        try:
+            with full_disk_noticed(run.output_dir):
+                with signals.at_once():  # the reference's log-probs keep themselves
+                    loop = _Loop(run)
+                return loop.train(signals)
+        except Stopped as stopped:
+            step = 0 if run.state is None else run.state["step"]
+            return TrainResult(run.output_dir, run.model.eval(), step, [], stopped.name)
+        except SaveError as error:
+            raise SaveError(f"{error}. {_what_is_left(run)}; make room and go on with resume") from error
+        except MemoryLimitError as error:
+            raise MemoryLimitError(f"{error}. {_what_is_left(run)}") from error
+        finally:
+            if run.layout.name != "padded":
+                run.model.set_attn_implementation(run.own_attention)
 
 
 class _Loop:
@@ -81,51 +118,61 @@ class _Loop:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.device = run, run.config, run.accelerator.device
-        # Before anything changes the model: the reference is the initial one.
-        self.initial_weights = add_reference(run)
-        optimizer = _optimizer(run, self.device)
-        self.model, self.optimizer = wrap(run.accelerator, run.model, optimizer)
-        self.schedule = _schedule(optimizer, run.config, run.steps)
+        optimizer = make_optimizer(run)
+        self.model, self.optimizer = wrap(run.accelerator, run.model, optimizer, run.config)
+        # Before anything changes the weights, and sharded as they will be: a process may have no room for all of them.
+        with explained(run, "the reference pass"):
+            self.initial_weights = add_reference(run)
+        self.schedule = make_schedule(optimizer, run)
         self.window = Window(self.device)
         self.guard = FiniteGuard(run.accelerator)
         self.start, self.tokens, self.advised = 0, 0, False
+        self.evaluated = True  # after step `start`, if that was due
+        self.drawing = Clock()
+        self.best: dict[str, float] | None = None
         if run.checkpoint is not None and run.state is not None:
             self.restore(run.checkpoint, run.state)
+        run.plan = auto_batch(run, self.model, self.optimizer)
 
-    def train(self) -> TrainResult:
+    def train(self, signals: StopSignals) -> TrainResult:
         run, config = self.run, self.config
-        log_every = config.logging_every or min(max(run.steps // 100, 1), 10)
+        describe_run(run)
         run.model.train()
         with (
-            MetricLog(run.output_dir, run.console, start=self.start) as log,
-            run.console.bar("train", run.steps, done=self.start) as bar,
+            MetricLog(run.output_dir, run.console, start=self.start, evaluated=self.evaluated) as log,
+            run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
-            prepare_samples(run, self.start)
+            prepare_samples(run, self.start, evaluated=self.evaluated)
+            if not self.evaluated:
+                with self.window.paused():
+                    self.evaluate(log, self.start)
             for step in range(self.start + 1, run.steps + 1):
                 last = step == run.steps
-                logging = last or step == 1 or step % log_every == 0
+                logging = last or step == 1 or step % run.log_every == 0
                 evaluating = last or (config.eval_every is not None and step % config.eval_every == 0)
                 saving = config.save_every > 0 and step % config.save_every == 0
 
                 sums, grad_norm = self.gradient(step)
                 learning_rate = self.schedule.get_last_lr()[0]
-                self.update(sums, look=logging or evaluating or saving)
+                stopped = signals.agreed()
+                self.update(sums, look=logging or evaluating or saving or stopped is not None)
 
                 if logging:
                     self.log(log, step, float(grad_norm), learning_rate)
-                bar.advance(note=_rate(log.history))
+                bar.advance(note=progress_note(log.history))
+                self.refresh(log)
                 with self.window.paused():
+                    if stopped is not None:  # there may be seconds left: no evaluation now, but first thing later
+                        self.save(log, step, evaluated=not (evaluating and run.eval_pairs))
+                        return TrainResult(run.output_dir, run.model.eval(), step, log.history, stopped)
                     if evaluating and run.eval_pairs:
-                        log.add({"step": step, **evaluate(run)})
-                        run.console.say_progress(_line(log.history[-1], run.steps, prefix="eval_"))
-                        if run.accelerator.is_main_process:
-                            write_samples(run, step)
-                            draw(run, log.history)
+                        self.evaluate(log, step)
                     if saving:
-                        self.save(step)
-            if run.accelerator.is_main_process:
-                save_final_model(run.output_dir, run.model, run.tokenizer)
-                draw(run, log.history)
+                        self.save(log, step)
+            save_trained_model(run, self.model)
+            say_how_to_merge(run.model, run.output_dir / "model", say=run.console.say)
+            self.draw(log)
+            write_listing(run, log.history)
             run.accelerator.wait_for_everyone()
             return TrainResult(run.output_dir, run.model.eval(), run.steps, log.history)
 
@@ -145,15 +192,17 @@ class _Loop:
             weight = 1.0 if indices else 0.0
             chunk = [run.pairs[index] for index in indices or pairs[:1]]
             batch = run.collate(chunk)
-            with nullcontext() if place == len(micro_batches) - 1 else accelerator.no_sync(self.model):
-                policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
+            sync = micro_batch(accelerator, self.model, last=place == len(micro_batches) - 1)
+            with explained(run, f"step {step}", chunk, work="step"), sync:
+                with offloading(config, run.model, self.device):
+                    policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
                 output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)
-                # DDP averages gradients over the processes; the factor num_processes makes that a sum.
+                # Gradients are averaged over the processes; the factor num_processes makes that a sum.
                 scale = weight * accelerator.num_processes / len(pairs)
-                (output.losses.sum() * scale).backward()
+                backward(accelerator, self.model, output.losses.sum() * scale)
             sums += weight * pair_sums(output, *policy, batch.tokens)
             self.guard.see_batch(batch.rows, output.losses, *policy)
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
+        grad_norm = clip_gradient(accelerator, self.model, config.max_grad_norm or math.inf)
         self.guard.see_gradient(grad_norm)
         return sums, grad_norm
 
@@ -167,13 +216,15 @@ class _Loop:
         if look or self.device.type == "cpu" or self.config.on_nonfinite == "skip":
             trouble = self.guard.look()
         if trouble is None:
-            self.optimizer.step()
+            with explained(self.run, "the optimiser's step", work="update"):
+                self.optimizer.step()
             self.schedule.step()
             self.window.sums += sums
         elif self.config.on_nonfinite == "skip":
             self.run.console.say(f"skipped the update. {trouble}")
         else:
-            raise NonFiniteError(f"{trouble}. {_what_is_left(self.run)}")
+            advice = "Look at these rows, lower learning_rate, or set on_nonfinite=skip"
+            raise NonFiniteError(f"{trouble}. {_what_is_left(self.run)}. {advice}")
         self.optimizer.zero_grad()
 
     def log(self, log: MetricLog, step: int, grad_norm: float, learning_rate: float) -> None:
@@ -193,59 +244,59 @@ class _Loop:
             "peak_memory": peak_memory(self.device),
         }
         log.add(record)
-        run.console.say_progress(_line(record, run.steps))
+        run.console.say_progress(_line(record, run.steps) + run.console.eta)
         advice = None if self.advised else falling_chosen_reward(log.history, run.spec)
         if advice is not None:
             self.advised = True
             run.console.say(advice)
 
-    def save(self, step: int) -> None:
+    def evaluate(self, log: MetricLog, step: int) -> None:
+        run = self.run
+        record = {"step": step, **evaluate(run)}
+        log.add(record)
+        run.console.say_progress(_line(record, run.steps, prefix="eval_"))
+        self.best = keep_best(run, self.model, record, self.best)
+        write_samples(run, step)
+        self.draw(log)
+
+    def draw(self, log: MetricLog) -> None:
+        if self.run.accelerator.is_main_process:
+            with writing(self.run.output_dir / "curves.png"), self.drawing:
+                draw(self.run, log.history)
+
+    def refresh(self, log: MetricLog) -> None:
+        """Draw the curves while the run goes on, where that costs little."""
+        if self.drawing.due:
+            with self.window.paused():
+                self.draw(log)
+
+    def save(self, log: MetricLog, step: int, *, evaluated: bool = True) -> None:
+        log.sync()
         state = {
             "step": step,
+            "evaluated": evaluated,
+            "best": self.best,
             "settings": self.run.settings,
+            "micro_batch": (self.run.plan.batch_size, self.run.plan.batch_tokens),
             "initial_weights": self.initial_weights,
-            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "window": self.window.state(self.run.accelerator),
             "tokens": self.tokens,
             "advised": self.advised,
         }
-        save_checkpoint(self.run, step, state)
+        save_checkpoint(self.run, self.model, self.optimizer, state)
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        load_weights(self.run.model, checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_checkpoint(self.run, self.model, self.optimizer, checkpoint)
         self.schedule.load_state_dict(state["schedule"])
         self.window.load_state(state["window"], self.run.accelerator)
         self.start, self.tokens, self.advised = state["step"], state["tokens"], state["advised"]
-        load_rng(checkpoint, self.run.accelerator)
-
-
-def _optimizer(run: Run, device: torch.device) -> torch.optim.AdamW:
-    config = run.config
-    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=run.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True if device.type == "cuda" else None,
-    )
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    return get_scheduler(config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        self.evaluated, self.best = state["evaluated"], state["best"]
 
 
 def _what_is_left(run: Run) -> str:
     folders = checkpoint_folders(run.output_dir)
-    kept = f"The newest checkpoint is {folders[-1]}" if folders else "No checkpoint had been written"
-    return f"{kept}. Look at these rows, lower learning_rate, or set on_nonfinite=skip"
+    return f"The newest checkpoint is {folders[-1]}" if folders else "No checkpoint had been written"
 
 
 def _line(record: dict[str, Any], steps: int, prefix: str = "") -> str:
@@ -253,8 +304,3 @@ def _line(record: dict[str, Any], steps: int, prefix: str = "") -> str:
     values = "  ".join(f"{prefix}{name} {record[prefix + name]:.4f}" for name in names)
     rate = f"  {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
     return f"step {record['step']}/{steps}  {values}{rate}"
-
-
-def _rate(history: list[dict[str, Any]]) -> str | None:
-    rates = [record["tokens_per_second"] for record in history[-2:] if "tokens_per_second" in record]
-    return f"{rates[-1]:,.0f} tokens/s" if rates else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.losses import LossSpec
 from fastpref.training.console import Console
+from fastpref.training.durable import SaveError, new_file, writing
 
 MEANS = (
     "loss",
@@ -70,6 +73,16 @@ def means(sums: list[float], *, loss_name: str, has_penalty: bool, prefix: str =
     return {prefix + name: value / pairs for name, value in zip(names, sums, strict=False)}
 
 
+def check_best(name: str, spec: LossSpec, *, save_best: bool, eval_pairs: int) -> None:
+    """ValueError unless an evaluation gives the metric that says which model is the best."""
+    ones = [1.0] * len(zero_sums(torch.device("cpu")))
+    names = list(means(ones, loss_name=spec.name, has_penalty=spec.penalty is not None, prefix="eval_"))
+    if name not in names:
+        raise ValueError(f"best_metric must be one of {', '.join(names)} with loss {spec.name!r}, got {name!r}")
+    if save_best and not eval_pairs:
+        raise ValueError("save_best needs held-out pairs: set eval_dataset or eval_fraction")
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: allocated on the GPU, or resident where the run is on the CPU."""
     if device.type == "cuda":
@@ -120,12 +133,28 @@ class Window:
         return sums, seconds
 
 
-def read_records(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The records of a JSONL file up to a step: later ones belong to steps that will be made again."""
-    if not (last_step and path.exists()):
-        return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["step"] <= last_step]
+def keep_records(path: Path, *, start: int, evaluated: bool = True, cut: bool = True) -> list[dict[str, Any]]:
+    """The records of the first `start` steps in a JSONL file, which is cut down to them.
+
+    Later ones belong to steps that will be made again, and so do evaluations and samples after step `start` itself, if
+    it is still to be `evaluated`. What a kill left of a line goes too.
+    """
+    before = path.read_bytes() if path.exists() else b""
+    kept, records = [], []
+    for line in before.splitlines(keepends=True) if start else []:
+        try:
+            record = json.loads(line)
+            step, of_training = record["step"], "loss" in record
+        except (ValueError, TypeError, KeyError):  # torn
+            continue
+        if line.endswith(b"\n") and (step < start or (step == start and (evaluated or of_training))):
+            kept.append(line)
+            records.append(record)
+    after = b"".join(kept)
+    if cut and before != after:
+        with writing(path), new_file(path) as new:
+            new.write_bytes(after)
+    return records
 
 
 def write_record(file: Any, record: dict[str, Any]) -> None:
@@ -134,33 +163,46 @@ def write_record(file: Any, record: dict[str, Any]) -> None:
 
 
 class MetricLog:
-    """The records of a run: `history`; the same in metrics.jsonl and TensorBoard, from the main process."""
+    """The records of a run: `history`; the same in metrics.jsonl and TensorBoard, from the main process.
 
-    def __init__(self, folder: Path, console: Console, *, start: int) -> None:
-        path = folder / "metrics.jsonl"
-        self.history = read_records(path, start)
+    Raises:
+        SaveError: a record could not be written.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, start: int, evaluated: bool = True) -> None:
+        self._path = folder / "metrics.jsonl"
+        self.history = keep_records(self._path, start=start, evaluated=evaluated, cut=console.main)
         self._file: Any = None
         self._board: Any = None
         if not console.main:
             return
-        self._file = path.open("w", encoding="utf-8")
-        for record in self.history:
-            write_record(self._file, record)
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
         if find_spec("tensorboard") is None:
             console.say('tensorboard is not installed, so there is no event file: pip install "fastpref[train]"')
         else:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            board = folder / "tensorboard"
+            with writing(board):
+                self._board = SummaryWriter(str(board), purge_step=start + 1 if start else None)
 
     def add(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self._file is not None:
-            write_record(self._file, record)
+            with writing(self._path):
+                write_record(self._file, record)
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            with writing(self._path.with_name("tensorboard")):  # its writer is a thread: the record before this one
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Put the records on the disk, as the checkpoint that follows them will be."""
+        if self._file is not None:
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricLog:
         return self
@@ -168,7 +210,8 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        # What fails on the way out of an error has the same cause, and must not hide it.
+        for log in (self._file, self._board):
+            with nullcontext() if error is None else suppress(SaveError), writing(self._path):
+                if log is not None:
+                    log.close()

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 
 from fastpref.losses import LossSpec, get_loss
-from fastpref.training.batches import BatchPlan
+from fastpref.training.adapters import adapters_wanted
+from fastpref.training.auto_batch import check_auto_batch
+from fastpref.training.batches import BatchPlan, Sizes
 from fastpref.training.build import build_model, build_tokenizer
-from fastpref.training.checkpoints import checkpoint_folders, find_checkpoint, load_state
-from fastpref.training.collate import Batch, collate
+from fastpref.training.checkpoints import ResumeError, checkpoint_folders, find_checkpoint, load_state
+from fastpref.training.collate import Batch, Layout, collate
 from fastpref.training.config import (
     LEARNING_RATE,
+    LORA_LEARNING_RATE,
     MAX_LENGTH,
     SCRATCH_LEARNING_RATE,
     TRIAL_MAX_LENGTH,
@@ -27,20 +30,23 @@ from fastpref.training.config import (
 )
 from fastpref.training.console import Console
 from fastpref.training.data import Pair, data_digest, tokenize_rows
+from fastpref.training.distributed import make_accelerator, place
+from fastpref.training.durable import sweep
 from fastpref.training.files import Rows, check_rows, load_rows
 from fastpref.training.formats import has_messages
+from fastpref.training.layout import settle_layout
+from fastpref.training.meta import build_on_meta
+from fastpref.training.metrics import check_best
+from fastpref.training.offload import check_offload
 
 # Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
 # free.)
 FIXED_ON_RESUME = (
     "loss", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps", "warmup_ratio",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision", "logps",
-    "disable_dropout", "seed",
+    "disable_dropout", "seed", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head",
+    "reference_model",
 )  # fmt: skip
-
-
-class ResumeError(ValueError):
-    """A checkpoint that this run cannot go on from."""
 
 
 @dataclass
@@ -59,20 +65,36 @@ class Run:
     eval_pairs: list[Pair]
     plan: BatchPlan
     steps: int
-    pad_id: int
+    layout: Layout
+    own_attention: str  # the model's before the layout set it
     output_dir: Path
     checkpoint: Path | None  # to resume from
     state: dict[str, Any] | None  # of that checkpoint
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """Pairs as a batch on this process's device, laid out as the run lays them out."""
-        return collate(pairs, pad_id=self.pad_id, max_length=self.max_length, device=self.accelerator.device)
+        return collate(pairs, self.layout)
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two metric records."""
+        return self.config.logging_every or min(max(self.steps // 100, 1), 10)
+
+    def sizes(self, pairs: Sequence[Pair]) -> Sizes:
+        """What pairs take in this run's batches."""
+        return _sizes(pairs, self.layout)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must agree on."""
         fixed = {name: getattr(self.config, name) for name in FIXED_ON_RESUME}
-        return {**fixed, "pairs_per_step": self.plan.per_step, "data": data_digest(self.pairs)}
+        return {
+            **fixed,
+            "layout": self.layout.name,
+            "group_by_length": self.plan.grouped,
+            "pairs_per_step": self.plan.per_step,
+            "data": data_digest(self.pairs),
+        }
 
 
 def prepare(
@@ -86,9 +108,12 @@ def prepare(
     """Check and load everything that `fastpref.train` needs; what is wrong with its input is raised here."""
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
-    accelerator = Accelerator(mixed_precision="no")  # forward.py enters autocast itself, and says why
-    console = Console(main=accelerator.is_main_process, progress=config.progress)
+    accelerator = make_accelerator()
+    out = sys.stdout if config.dry_run else sys.stderr  # there the lines are what was asked for
+    console = Console(main=accelerator.is_main_process, progress=config.progress, out=out)
+    check_offload(config, accelerator.device)
     spec = _check_loss(config, accelerator.num_processes)
+    check_auto_batch(config, spec, accelerator.distributed_type.name)
     torch.manual_seed(config.seed)
 
     rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
@@ -108,13 +133,28 @@ def prepare(
         console.say(f"held out {len(eval_pairs)} pairs, {len(pairs)} are left to train on")
     if not eval_pairs and (config.eval_every is not None or config.sample_prompts):
         raise ValueError("eval_every and sample_prompts need held-out pairs: set eval_dataset or eval_fraction")
+    check_best(config.best_metric, spec, save_best=config.save_best, eval_pairs=len(eval_pairs))
 
-    model = build_model(config, model, tokenizer, max_length=max_length, say=console.say).to(accelerator.device)
+    build = build_on_meta if config.dry_run else build_model
+    model = build(config, model, tokenizer, max_length=max_length, say=console.say)
+    model = model if config.dry_run else place(accelerator, model)
+    own_attention = model.config._attn_implementation
+    layout = settle_layout(
+        config,
+        model,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        max_length=max_length,
+        device=accelerator.device,
+        say=console.say,
+    )
     plan = BatchPlan(
         pairs=len(pairs),
+        per_step=config.batch_size * accumulation * accelerator.num_processes,
         batch_size=config.batch_size,
-        accumulation=accumulation,
         seed=config.seed,
+        sizes=_sizes(pairs, layout),
+        batch_tokens=config.batch_tokens,
+        grouped=layout.name == "padded" if config.group_by_length is None else config.group_by_length,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -132,22 +172,33 @@ def prepare(
         eval_pairs=eval_pairs,
         plan=plan,
         steps=config.max_steps or math.ceil(config.epochs * plan.steps_per_epoch),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        layout=layout,
+        own_attention=own_attention,
         output_dir=output_dir,
         checkpoint=None,
         state=None,
     )
-    return _with_output(run)
+    run = _with_output(run)
+    if not config.dry_run:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    return run
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
     spec = get_loss(config.loss)
     spec.check_options({k: v for k, v in config.loss_arguments.items() if k not in ("loss", "beta")})
+    if config.reference_model is not None and not spec.needs_reference:
+        raise ValueError(f"loss {spec.name!r} has no reference: leave out reference_model={config.reference_model!r}")
     if not spec.separable and (config.gradient_accumulation_steps or 1) * world > 1:
         raise ValueError(
             f"loss {spec.name!r} compares the pairs of a batch with each other, so micro-batches do not "
             "add up to a batch: set gradient_accumulation_steps=1 and run one process, with a larger batch_size "
             f"(got {config.gradient_accumulation_steps or 1} and {world})"
+        )
+    if not spec.separable and config.batch_tokens is not None:
+        raise ValueError(
+            f"loss {spec.name!r} compares the pairs of a batch with each other, so batch_tokens="
+            f"{config.batch_tokens} must not cut a batch: leave it out"
         )
     return spec
 
@@ -167,13 +218,21 @@ def _pairs(rows: Rows, tokenizer: Any, max_length: int, name: str, console: Cons
     return found.pairs
 
 
+def _sizes(pairs: Sequence[Pair], layout: Layout) -> Sizes:
+    tokens = tuple(layout.tokens(pair) for pair in pairs)
+    return Sizes(tokens, tuple(pair.length for pair in pairs), padded=layout.name == "padded")
+
+
 def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, console: Console) -> TrainConfig:
     """The config with what was left open set to what its model bears; a line says so of random weights."""
     scratch = model is None and config.model is None
     trial = scratch and config.model_config is None
     micro_batches = math.ceil(TRIAL_PAIRS / (config.batch_size * world)) if trial and spec.separable else 1
+    adapted = adapters_wanted(config, model)
+    if adapted and config.learning_rate is None:
+        console.say(f"adapters bear more than weights do: learning_rate={LORA_LEARNING_RATE:g} (not {LEARNING_RATE:g})")
     trained: dict[str, Any] = {
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": LORA_LEARNING_RATE if adapted else LEARNING_RATE,
         "max_length": MAX_LENGTH,
         "gradient_accumulation_steps": 1,
     }
@@ -201,15 +260,16 @@ def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], l
 def _with_output(run: Run) -> Run:
     """Find the checkpoint to resume and hold it against the run, or see that none would be mixed up."""
     config, output_dir = run.config, run.output_dir
+    if run.accelerator.is_main_process and not config.dry_run:
+        sweep(output_dir)
     if config.resume is None:
         if checkpoint_folders(output_dir):
             raise ValueError(
                 f"{output_dir} holds checkpoints of an earlier run: set resume to go on with it, or "
                 "take another output_dir"
             )
-        output_dir.mkdir(parents=True, exist_ok=True)
         return run
-    checkpoint = find_checkpoint(config.resume, output_dir)
+    checkpoint = find_checkpoint(config.resume, output_dir, run.accelerator, say=run.console.say)
     state = load_state(checkpoint)
     differing = [name for name, value in run.settings.items() if state["settings"].get(name) != value]
     if differing:
@@ -221,5 +281,4 @@ def _with_output(run: Run) -> Run:
     if state["step"] > run.steps:
         raise ResumeError(f"{checkpoint} has made {state['step']} steps already, more than the {run.steps} asked for")
     run.console.say(f"resuming {checkpoint} after step {state['step']}")
-    output_dir.mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(run, checkpoint=checkpoint, state=state)

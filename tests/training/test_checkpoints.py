@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from fastpref.training import checkpoints, train
-from fastpref.training.prepare import ResumeError
+from fastpref.training import checkpoints, durable, loop, train
+from fastpref.training.checkpoints import ResumeError
+from fastpref.training.durable import SaveError
+from fastpref.training.metrics import keep_records
 
 Make = Callable[..., Any]
 TIMED = ("tokens_per_second", "peak_memory")
@@ -25,6 +34,11 @@ def steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in TIMED} for record in history]
+
+
+def hidden(folder: Path) -> list[str]:
+    """What was to be renamed or deleted."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.fixture
@@ -57,10 +71,8 @@ def test_a_resumed_run_ends_with_the_same_bits(start: Make, tmp_path: Path, opti
         straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), name
-    states = [checkpoints.load_state(folder / "checkpoint-6") for folder in (straight.output_dir, broken)]
-    for one, other in zip(
-        states[0]["optimizer"]["state"].values(), states[1]["optimizer"]["state"].values(), strict=True
-    ):
+    states = [torch.load(folder / "checkpoint-6" / "optimizer.pt") for folder in (straight.output_dir, broken)]
+    for one, other in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert untimed(resumed.history) == untimed(straight.history)
     lines = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -94,7 +106,8 @@ def test_a_lost_reference_is_computed_again_from_the_initial_model_and_from_no_o
 ) -> None:
     trained = make_model()
     first = start(model=trained, max_steps=3, schedule="constant")
-    (first.output_dir / "reference.safetensors").unlink()
+    for stored in first.output_dir.glob("reference-*.jsonl"):
+        stored.unlink()
     with pytest.raises(ResumeError, match="the model given is not the one it started from: give the initial model"):
         start(model=trained, schedule="constant", resume=True)
     resumed = start(schedule="constant", resume=True)
@@ -109,26 +122,281 @@ def test_only_the_newest_checkpoints_stay(start: Make) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "training_state.pt", "rng_0.pt"} <= names
 
 
-def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint_as_the_newest(
+def test_a_save_that_fails_stops_the_run_with_the_room_and_the_earlier_checkpoint_named(
     start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    save, calls = torch.save, []
+    save = torch.save
 
-    def failing(value: Any, path: Any) -> None:
-        calls.append(path)
-        if "checkpoint-4" in str(path):
-            raise OSError("no space left on device")
-        save(value, path)
+    def failing(value: Any, file: Any) -> None:
+        save(value, file)
+        if "checkpoint-4" in file.name and "optimizer" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints.torch, "save", failing)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(SaveError) as raised:
         start(save_every=2)
     monkeypatch.undo()
-    assert calls
-    assert [path.name for path in checkpoints.checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
+    run = tmp_path / "run"
+    message = str(raised.value)
+    assert message.startswith(f"{run / 'checkpoint-4'} could not be written: No space left on device. It needs about ")
+    assert re.search(r"about \d+\.\d MiB, and [\d,]+\.\d MiB are free there", message)
+    assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; make room and go on with resume")
+    assert hidden(run) == []
     resumed = start(save_every=2, resume=True)
     straight = start(save_every=2, output_dir=str(tmp_path / "straight"))
     assert all(map(torch.equal, straight.model.parameters(), resumed.model.parameters()))
+
+
+def test_a_disk_with_too_little_room_is_noticed_before_anything_is_written(
+    start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: 1 << 20)
+    monkeypatch.setattr(durable, "new_folder", lambda folder: pytest.fail("writing began"))
+    with pytest.raises(SaveError, match=r"there is too little room. It needs about 1\.\d MiB, and 1\.0 MiB are free"):
+        start()
+    assert hidden(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("fastpref.training.loop.add_reference", "a file in"),
+        ("fastpref.training.metrics.write_record", "metrics.jsonl"),
+        ("fastpref.training.evaluate.write_record", "samples.jsonl"),
+        ("torch.utils.tensorboard.SummaryWriter.add_scalar", "tensorboard"),
+        ("fastpref.training.loop.draw", "curves.png"),
+        ("transformers.GPT2LMHeadModel.save_pretrained", "best"),
+    ],
+)
+def test_whatever_cannot_be_written_is_named(
+    start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, name: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(target, full)
+    with pytest.raises(SaveError) as raised:
+        start(max_steps=2, save_every=0, sample_prompts=1, max_new_tokens=2, save_best=True)
+    what = f"{name} {tmp_path / 'run'}" if name == "a file in" else str(tmp_path / "run" / name)
+    assert str(raised.value).startswith(f"{what} could not be written: No space left on device. ")
+    assert str(raised.value).endswith("No checkpoint had been written; make room and go on with resume")
+    assert hidden(tmp_path / "run") == []
+
+
+def damaged(folder: Path, name: str, how: str) -> str:
+    """Damage a file of a checkpoint; what is said of it."""
+    path = folder / name
+    content = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(content[:-1])
+        return f"{name} has {len(content) - 1} bytes of {len(content)}"
+    if how == "lost":
+        path.unlink()
+        return f"{name} is missing"
+    place = len(content) * 2 // 3
+    path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    return f"{name} has changed since it was written"
+
+
+@pytest.mark.parametrize("how", ["cut", "lost", "flipped"])
+def test_every_file_of_a_checkpoint_is_checked_and_the_next_older_one_named(
+    start: Make, how: str, tmp_path: Path
+) -> None:
+    result = start(max_steps=2, save_every=1)
+    old, new = checkpoints.checkpoint_folders(result.output_dir)
+    names = [path.name for path in new.iterdir() if path.name != durable.MANIFEST]
+    assert {"model.safetensors", "optimizer.pt", "training_state.pt", "rng_0.pt", "tokenizer.json"} <= set(names)
+    for name in names:
+        content = (new / name).read_bytes()
+        said = damaged(new, name, how)
+        assert (durable.find_damage(new) or "").startswith(said)
+        (new / name).write_bytes(content)
+        assert durable.find_damage(new) is None
+    said = damaged(new, "model.safetensors", how)
+    with pytest.raises(ResumeError) as raised:
+        start(max_steps=2, resume=str(new))
+    assert f"{new} is damaged: {said}" in str(raised.value)
+    assert str(raised.value).endswith(f"the next older one is whole: resume={str(old)!r}")
+
+
+def test_no_bit_of_the_manifest_can_change_unnoticed(start: Make) -> None:
+    folder = start(max_steps=1, save_every=1).output_dir / "checkpoint-1"
+    content = (folder / durable.MANIFEST).read_bytes()
+    for place in range(len(content)):
+        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        (folder / durable.MANIFEST).write_bytes(changed)
+        found = durable.find_damage(folder)
+        try:
+            same = json.loads(changed) == json.loads(content)  # another white space
+        except ValueError:
+            same = False
+        assert (found is None) == same, changed[place - 20 : place + 20]
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_says_so(
+    start: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = start(max_steps=6, save_every=2)
+    broken = tmp_path / "broken"
+    shutil.copytree(straight.output_dir, broken)
+    said = damaged(broken / "checkpoint-6", "optimizer.pt", "flipped")
+    resumed = start(max_steps=6, save_every=2, output_dir=str(broken), resume=True)
+    assert f"passing over {broken / 'checkpoint-6'}, which is damaged: {said}" in capsys.readouterr().err
+    assert all(map(torch.equal, straight.model.parameters(), resumed.model.parameters()))
+    assert durable.find_damage(broken / "checkpoint-6") is None  # made again
+    for folder in checkpoints.checkpoint_folders(broken):
+        damaged(folder, "rng_0.pt", "cut")
+    with pytest.raises(ResumeError, match=r"no checkpoint in .* is whole.*checkpoint-6, which.*checkpoint-4, which"):
+        start(max_steps=6, output_dir=str(broken), resume=True)
+
+
+def test_what_a_killed_run_left_is_cleared_away_or_put_back(start: Make, tmp_path: Path) -> None:
+    run = start(max_steps=3).output_dir
+    content = {path.name: path.read_bytes() for path in (run / "checkpoint-3").iterdir()}
+    (run / "checkpoint-3").rename(run / ".checkpoint-3.old")  # about to be replaced
+    shutil.copytree(run / "model", run / ".model.old")  # was replaced
+    for name in (".checkpoint-6.new", ".checkpoint-2.gone"):
+        (run / name).mkdir()
+        (run / name / "model.safetensors").write_bytes(b"half")
+    (run / ".metrics.jsonl.new").write_text("half")
+    start(max_steps=3, resume=True)
+    assert {path.name: path.read_bytes() for path in (run / "checkpoint-3").iterdir()} == content
+    assert hidden(run) == []
+
+
+def test_a_checkpoint_that_is_written_again_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint-1"
+
+    def write(text: str) -> None:
+        with durable.new_folder(folder) as new:
+            (new / "a").write_text(text)
+
+    write("one")
+    rename, calls = os.rename, []
+
+    def breaking(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        write("two")
+    monkeypatch.undo()
+    durable.sweep(tmp_path)
+    assert (folder / "a").read_text() == "one"
+    assert durable.find_damage(folder) is None
+    assert hidden(tmp_path) == []
+    write("three")
+    assert (folder / "a").read_text() == "three"
+    assert hidden(tmp_path) == []
+
+
+def test_a_torn_line_of_the_metrics_is_made_again_and_no_other(start: Make, tmp_path: Path) -> None:
+    straight = start(max_steps=6, output_dir=str(tmp_path / "straight"))
+    run = start(max_steps=3, schedule="linear").output_dir
+    shutil.rmtree(run)
+    shutil.copytree(straight.output_dir, run)
+    shutil.rmtree(run / "checkpoint-6")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:-20])
+    assert untimed(start(max_steps=6, resume=True).history) == untimed(straight.history)
+    for end in (0, 1, 9, 100, len(lines[3]) - 2, len(lines[3]) - 1):  # what a kill may have left of the last one
+        (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2] + lines[3][:end])
+        assert keep_records(run / "metrics.jsonl", start=4) == [json.loads(line) for line in lines[:3]]
+        assert (run / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
+
+
+def test_the_random_states_of_python_and_numpy_come_back_too(start: Make) -> None:
+    random.seed(3)
+    np.random.seed(4)  # noqa: NPY002
+    start(max_steps=3)
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
+    start(max_steps=3, resume=True)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "steps"),
+    [
+        ("eval_loss", [3.0, 2.0, 2.0, math.nan, 1.0, 4.0], [1, 2, 5]),
+        ("eval_rewards/margins", [3.0, 2.0, 4.0, 4.0, math.inf, math.nan], [1, 3, 5]),
+    ],
+)
+def test_the_best_model_is_that_of_the_best_evaluation(
+    start: Make, monkeypatch: pytest.MonkeyPatch, metric: str, values: list[float], steps: list[int]
+) -> None:
+    given, saved, original = iter(values), [], checkpoints._save_alone
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), metric: next(given)})
+
+    def noted(run: Any, model: Any, name: str, notes: Any) -> None:
+        original(run, model, name, notes)
+        if name == "best":
+            saved.append(notes["best.json"]["step"])
+            state = type(model).from_pretrained(run.output_dir / "best").state_dict()
+            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+    monkeypatch.setattr(checkpoints, "_save_alone", noted)
+    result = start(eval_every=1, save_every=1, save_best=True, best_metric=metric)
+    assert saved == steps
+    best = {"step": steps[-1], "value": values[steps[-1] - 1]}
+    assert json.loads((result.output_dir / "best" / "best.json").read_text()) == {"metric": metric, **best}
+    assert checkpoints.load_state(result.output_dir / "checkpoint-6")["best"] == best
+    assert AutoTokenizer.from_pretrained(result.output_dir / "best").eos_token == "<|end|>"
+
+
+def test_the_best_value_counts_after_resuming(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"eval_every": 1, "save_best": True, "schedule": "constant"}
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), "eval_loss": 1.0})
+    run = start(max_steps=3, **options).output_dir
+    monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), "eval_loss": 2.0})
+    start(max_steps=4, resume=True, **options)
+    assert json.loads((run / "best" / "best.json").read_text())["step"] == 1
+
+
+def test_a_best_metric_that_no_evaluation_gives_is_an_error_before_training(start: Make) -> None:
+    with pytest.raises(ValueError, match=r"best_metric must be one of eval_loss, .*got 'loss'"):
+        start(save_best=True, best_metric="loss")
+    with pytest.raises(ValueError, match="best_metric must be one of"):
+        start(save_best=True, best_metric="eval_dpop/penalty")
+    start(max_steps=1, loss="dpop", save_best=True, best_metric="eval_dpop/penalty")
+
+
+def test_without_held_out_pairs_there_is_no_best_model(make_config: Make, make_model: Make, tokenizer: Any) -> None:
+    row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    with pytest.raises(ValueError, match="save_best needs held-out pairs: set eval_dataset or eval_fraction"):
+        train(make_config(save_best=True), model=make_model(), tokenizer=tokenizer, train_dataset=[row])
+
+
+def test_of_an_adapter_only_its_weights_are_saved_and_a_run_resumes_with_them(
+    start: Make, make_model: Make, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+
+    def adapted() -> Any:
+        torch.manual_seed(5)
+        return peft.get_peft_model(make_model(), lora)
+
+    straight = start(model=adapted(), output_dir=str(tmp_path / "straight"), save_best=True)
+    start(model=adapted(), max_steps=3, schedule="constant", output_dir=str(tmp_path / "constant"))
+    broken = tmp_path / "broken"
+    shutil.copytree(straight.output_dir, broken)
+    shutil.rmtree(broken / "checkpoint-6")
+    resumed = start(model=adapted(), output_dir=str(broken), save_best=True, resume=True)
+    assert all(map(torch.equal, straight.model.state_dict().values(), resumed.model.state_dict().values()))
+    for name in ("checkpoint-6", "best", "model"):
+        names = {path.name for path in (broken / name).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+        assert "model.safetensors" not in names
+    loaded = peft.PeftModel.from_pretrained(make_model(), broken / "checkpoint-6")
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[key]), key
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten(start: Make) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastpref.training import NonFiniteError, train
-from fastpref.training.batches import BatchPlan
+from fastpref.training.batches import BatchPlan, Sizes
 from fastpref.training.checkpoints import checkpoint_folders
 
 Make = Callable[..., Any]
@@ -31,7 +31,8 @@ def poisoned(make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]) -> tu
 
 
 SEED = 6
-PLAN = BatchPlan(pairs=13, batch_size=2, accumulation=2, seed=SEED)
+SIZES = Sizes(tokens=(1,) * 13, longest=(1,) * 13, padded=False)
+PLAN = BatchPlan(pairs=13, per_step=4, batch_size=2, seed=SEED, sizes=SIZES)
 BAD_STEP = next(step for step in range(1, 5) if BAD_ROW in PLAN.step(step - 1))
 
 
@@ -46,12 +47,26 @@ def test_the_run_stops_naming_step_rows_and_values_and_keeps_the_checkpoint(
         train(config, model=model, tokenizer=tokenizer, train_dataset=rows)
     message = str(raised.value)
     assert message.startswith(f"step {step}: 1 of 4 pairs have values that are not finite")
-    assert f"row {BAD_ROW}: loss nan, log-probs nan and -" in message
+    assert f"row {BAD_ROW}: loss nan, log-probs nan and " in message
     for row in PLAN.step(step - 1):
         assert f"row {row}: loss " in message
     kept = [path.name for path in checkpoint_folders(Path(config.output_dir))]
     assert kept[-1] == f"checkpoint-{step - 1}"
     assert f"checkpoint-{step - 1}. Look at these rows" in message
+
+
+def test_resumed_before_the_step_it_stops_there_again_with_the_same_rows_named(
+    make_config: Make, tokenizer: Any, poisoned: tuple[Any, list[dict[str, Any]]]
+) -> None:
+    model, rows = poisoned
+    options = {"batch_size": 2, "gradient_accumulation_steps": 2, "save_every": 1, "seed": SEED}
+    messages = []
+    for resume in (None, True):
+        with pytest.raises(NonFiniteError) as raised:
+            train(make_config(**options, resume=resume), model=model, tokenizer=tokenizer, train_dataset=rows)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    assert f"row {BAD_ROW}: loss nan" in messages[1]
 
 
 def test_told_to_skip_it_leaves_the_step_out_and_goes_on(

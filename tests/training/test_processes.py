@@ -1,4 +1,8 @@
-"""Two processes make the steps of one: gradients, metrics and reference, with a tail that leaves one of them idle."""
+"""Two processes make the steps of one, whether each holds the whole model (DDP) or half of it (FSDP2).
+
+Gradients, metrics, reference, evaluation, samples and checkpoints, with a tail that leaves one of the processes idle.
+One launch for all: this file is its own worker, and the tests look at what it left.
+"""
 
 from __future__ import annotations
 
@@ -12,56 +16,159 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from fastpref.training import train
+pytest.importorskip("transformers", reason='needs pip install "fastpref[train]"')
+pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
+
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fastpref.training import TrainConfig, loop, train
+from fastpref.training.distributed import held_bytes
+
+# Steps of 8 pairs and a tail of 5; with clipping, since its norm is over all shards.
+SHARED: dict[str, Any] = {
+    "adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0.5, "loss": "dpop", "progress": False,
+    "max_length": 64, "max_steps": 4, "logging_every": 1, "eval_every": 2, "save_every": 2, "sample_prompts": 1,
+    "max_new_tokens": 3,
+}  # fmt: skip
+TIMED = {"tokens_per_second", "peak_memory"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_steps_of_one(
-    make_config: Callable[..., Any],
-    make_model: Callable[..., Any],
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    tmp_path: Path,
-) -> None:
-    """Steps of 8 pairs and a tail of 5, in micro-batches of 2: the second process has one fewer in the tail."""
-    shared = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0.0, "loss": "dpop", "progress": False}
-    one = train(
-        make_config(**shared, batch_size=8, save_every=2),
-        model=make_model(),
-        tokenizer=tokenizer,
-        train_dataset=rows,
-        eval_dataset=rows[:3],
-    )
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+def work(folder: Path) -> None:
+    """What each of the two processes does: some runs, and for each a file with what cannot be seen from outside."""
+    loop.draw = lambda run, history: None  # takes longer than a tiny run
+
+    def run(name: str, model: str = "tied", **options: Any) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        config = TrainConfig(
+            **SHARED,
+            model=str(folder / model),
+            tokenizer=str(folder / "tokenizer"),
+            dataset=str(folder / "train.jsonl"),
+            eval_dataset=str(folder / "eval.jsonl"),
+            batch_size=2,
+            gradient_accumulation_steps=2,
+            output_dir=str(folder / name),
+            **options,
+        )
+        model = train(config).model
+        facts = {"held": held_bytes(model)}
+        (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+    run("ddp")
+    os.environ.update(FSDP2)
+    run("fsdp2")
+    run("fsdp2-untied", model="untied")
+    run("fsdp2-resumed", resume=str(folder / "fsdp2" / "checkpoint-2"))
+    torch.distributed.destroy_process_group()
+
+
+def tiny_model(*, tied: bool) -> GPT2LMHeadModel:
+    torch.manual_seed(11)
+    shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 302}
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied, **shape))
+    with torch.no_grad():  # so that logits differ
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., Any]) -> Path:
+    """A folder with the runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("processes")
+    rows = [
+        {"prompt": f"what is the colour of sky {i}?", "chosen": " blue" + " today" * (i % 4), "rejected": f" {i}" * 3}
+        for i in range(13)
+    ]
+    make_tokenizer().save_pretrained(folder / "tokenizer")
     for name, part in (("train", rows), ("eval", rows[:3])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    output = tmp_path / "two"
-    options: dict[str, Any] = {
-        **shared, "model": tmp_path / "model", "tokenizer": tmp_path / "tokenizer", "dataset": tmp_path / "train.jsonl",
-        "eval_dataset": tmp_path / "eval.jsonl", "max_length": 64, "max_steps": 4, "logging_every": 1, "save_every": 2,
-        "batch_size": 2, "gradient_accumulation_steps": 2, "output_dir": output,
-    }  # fmt: skip
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fastpref.cli", "train"]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name, tied in (("tied", True), ("untied", False)):
+        model = tiny_model(tied=tied)
+        model.save_pretrained(folder / name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "draw", lambda run, history: None)
+            train(
+                TrainConfig(**SHARED, batch_size=8, output_dir=str(folder / f"one-{name}")),
+                model=model,
+                tokenizer=make_tokenizer(),
+                train_dataset=rows,
+                eval_dataset=rows[:3],
+            )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, *(f"--{name}={value}" for name, value in options.items())],
-        cwd=tmp_path,
+        [sys.executable, *launch, __file__, str(folder)],
+        cwd=folder,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
-    two = AutoModelForCausalLM.from_pretrained(output / "model")
-    for (name, expected), other in zip(one.model.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(expected.cpu(), other, rtol=0, atol=2e-6, msg=name)
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == len(one.history) == 5
-    for expected, other in zip(one.history, records, strict=True):
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def facts(runs: Path, name: str) -> list[dict[str, int]]:
+    return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("alone", "name"), [("one-tied", "ddp"), ("one-tied", "fsdp2"), ("one-untied", "fsdp2-untied")]
+)
+def test_two_processes_make_the_steps_of_one(runs: Path, alone: str, name: str) -> None:
+    """Losses, gradient norms, counts of tokens and evaluations of each step, the samples, and the final weights."""
+    one, two = records(runs / alone), records(runs / name)
+    assert len(one) == len(two) == 6
+    for expected, other in zip(one, two, strict=True):
         assert set(expected) == set(other)
-        for name in set(expected) - {"tokens_per_second", "peak_memory"}:
-            assert other[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
-    assert {"rng_0.pt", "rng_1.pt"} <= {path.name for path in (output / "checkpoint-4").iterdir()}
+        for key in set(expected) - TIMED:
+            assert other[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+    assert (runs / alone / "samples.jsonl").read_text() == (runs / name / "samples.jsonl").read_text()
+    weights, others = (load_file(runs / folder / "model/model.safetensors") for folder in (alone, name))
+    assert set(weights) == set(others)
+    for key, weight in weights.items():
+        torch.testing.assert_close(others[key], weight, rtol=0, atol=2e-6, msg=key)
+
+
+@pytest.mark.slow
+def test_a_process_of_two_keeps_half_of_a_sharded_model(runs: Path) -> None:
+    (whole, _), halves = facts(runs, "ddp"), facts(runs, "fsdp2")
+    assert sum(half["held"] for half in halves) == whole["held"]
+    assert max(half["held"] for half in halves) < 0.51 * whole["held"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_checkpointed_whole_and_resumes_to_the_same_bits(runs: Path) -> None:
+    sharded, resumed = runs / "fsdp2", runs / "fsdp2-resumed"
+    weights = load_file(sharded / "model/model.safetensors")
+    assert all(map(torch.equal, load_file(sharded / "checkpoint-4/model.safetensors").values(), weights.values()))
+    assert all(map(torch.equal, load_file(resumed / "model/model.safetensors").values(), weights.values()))
+    states = [
+        torch.load(folder / "checkpoint-4/optimizer.pt", weights_only=True)["state"] for folder in (sharded, resumed)
+    ]
+    assert set(states[0]) == set(states[1]) == set(weights)
+    for name, moments in states[0].items():
+        assert moments["exp_avg"].shape == weights[name].shape
+        assert all(torch.equal(value, states[1][name][key]) for key, value in moments.items())
+    tail, again = [record for record in records(sharded) if record["step"] > 2], records(resumed)
+    for first, second in zip(tail, again, strict=True):
+        assert {k: v for k, v in first.items() if k not in TIMED} == {k: v for k, v in second.items() if k not in TIMED}
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,25 +1,22 @@
-"""Hugging Face causal LMs: sequence log-probs from the head's input and weight, without logits.
+"""The head of a causal LM: kept from computing, its parameters found, and what the model does to its logits afterwards.
 
-The model's own forward runs, so that adapters, wrappers (PEFT, DDP, FSDP2), auxiliary losses and router outputs stay as
-they are; only the head is kept from computing: it hands over the hidden states, and sees a few rows. What the model
-does to its logits afterwards is read from its config, and held against the model itself before it is relied on.
+The transforms are read from the model's config, and held against the model itself before they are relied on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastpref.checks import check_bool, check_number, check_tensor, describe
-from fastpref.linear import linear_sequence_logps
+from fastpref.checks import check_number, describe
 
 # Attributes of a config, and what the model does with them to its logits. For a family that is not here nothing is
 # done, and the check against the model decides.
@@ -35,7 +32,7 @@ INSTEAD = "take sequence_logps(model(...).logits, labels) (in training: logps=lo
 
 
 @dataclasses.dataclass(frozen=True)
-class _Transforms:
+class Transforms:
     """Logits are `softcap·tanh(logit_scale·x / softcap)` of what the head computes."""
 
     logit_scale: float = 1.0
@@ -47,96 +44,17 @@ class _Transforms:
 
 
 @dataclasses.dataclass(frozen=True)
-class _HeadCall:
+class HeadCall:
     hidden: Tensor  # (B, T, H), what the model gave to its head
     probes: Tensor  # (1, R, H), what the head got to see of it
     autocast: torch.autocast  # as it was set there: Accelerate enters it in the model's forward only
 
 
 # The weight and the transforms with which a model was checked.
-_checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], _Transforms]] = weakref.WeakKeyDictionary()
+checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Transforms]] = weakref.WeakKeyDictionary()
 
 
-def model_logps(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    reduction: str = "sum",
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    on_empty: str = "zero",
-    transforms: Mapping[str, float] | None = None,
-    memory_budget: int | str | None = None,
-    return_outputs: bool = False,
-) -> Tensor | tuple[Tensor, Any]:  # (B,) float32, and with return_outputs the model's outputs
-    """The log-probability of each sequence's labels under a causal LM, whose logits are never built.
-
-    Equal, value and gradient, to `sequence_logps(model(**inputs).logits, labels)`. Policy, reference and evaluation are
-    all this one call; under `torch.no_grad` it costs the forward alone.
-
-    Args:
-        model: a transformers causal LM, also inside PEFT, DistributedDataParallel or FSDP2. Its head must be a plain
-            linear layer that owns `weight` (V, H) and perhaps `bias` (V,), and nothing else.
-        batch: `labels` (B, T) as a causal LM gets them (position t predicts label t + 1; `ignore_index` where nothing
-            is scored), and what the model's forward takes: `input_ids`, `attention_mask`, `position_ids`, ... With
-            `output_router_logits=True` in it, a mixture of experts has its `aux_loss` in the outputs.
-        reduction, ignore_index, temperature, on_empty, memory_budget: as `linear_sequence_logps` takes them.
-        transforms: what the model does to its logits, as `{"logit_scale": a, "softcap": c}` (either may be missing),
-            for `c·tanh(a·x / c)`. By default it is read from the model's config. Either way it is checked.
-        return_outputs: also return the model's outputs, whose `logits` are None.
-
-    Returns:
-        (B,) float32; with `return_outputs` a tuple of them and the model's own output object.
-
-    Raises:
-        ValueError, TypeError: arguments that do not fit; a model without a head, or with an encoder; a head with LoRA
-            layers, quantised or sharded. Once for each model a few rows go through head and model, and must come out
-            as computed here: a mismatch names the model and shows both values.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers causal LM (an nn.Module), got {describe(model)}")
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batch must be a mapping with input_ids and labels, got {describe(batch)}")
-    if batch.get("labels") is None:
-        raise ValueError(f"batch must hold labels (B, T), -100 where nothing is scored; it has {sorted(batch)}")
-    labels = check_tensor("batch['labels']", batch["labels"])
-    check_bool("return_outputs", return_outputs)
-
-    causal_lm = _unwrap(model)
-    head = _active_head(causal_lm)
-    applied = _read_transforms(causal_lm) if transforms is None else _check_transforms(transforms)
-    weight_checked, how = _checked.get(causal_lm, (None, None))
-    with _without_logits(head, labels, ignore_index, weight_checked if how == applied else None) as calls:
-        # Without the labels: the model would compute its own loss on them.
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        outputs = model(**{"use_cache": False, **inputs})
-    if not calls:
-        raise ValueError(
-            f"{type(causal_lm).__name__} did not call its output embeddings ({type(head).__name__}) in its forward (a "
-            f"compiled model may have it inlined): {INSTEAD}"
-        )
-    call = calls[0]
-    weight, bias = _parameters(head, call.hidden)
-    with call.autocast:
-        _check_logits(causal_lm, getattr(outputs, "logits", None), call, weight, bias, applied)
-        found = linear_sequence_logps(
-            call.hidden.to(weight.device),  # a model may be spread over several devices
-            weight,
-            labels.to(weight.device),
-            bias=bias,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            on_empty=on_empty,
-            temperature=temperature,
-            logit_scale=applied.logit_scale,
-            softcap=applied.softcap,
-            memory_budget=memory_budget,
-        )
-    logps = cast(Tensor, found)  # no lengths were asked for
-    return (logps, dataclasses.replace(outputs, logits=None)) if return_outputs else logps
-
-
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The causal LM inside DistributedDataParallel and others that keep it in `module`."""
     inner = model
     while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
@@ -146,7 +64,7 @@ def _unwrap(model: Any) -> Any:
     return inner
 
 
-def _active_head(model: nn.Module) -> Any:
+def active_head(model: nn.Module) -> Any:
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     if not isinstance(head, nn.Module):
@@ -163,7 +81,7 @@ def _active_head(model: nn.Module) -> Any:
     return saved[names[0]] if names and all(name in saved for name in names) else wrapper.original_module
 
 
-def _read_transforms(model: nn.Module) -> _Transforms:
+def read_transforms(model: nn.Module) -> Transforms:
     """What the model's config says that it does to its logits."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
@@ -178,10 +96,10 @@ def _read_transforms(model: nn.Module) -> _Transforms:
     for value in numbers(DIVISORS):
         scale = scale * value if getattr(config, "model_type", None) in DIVISORS_THAT_MULTIPLY else scale / value
     caps = [cap for cap in numbers(SOFTCAPS) if cap > 0]
-    return _Transforms(scale, caps[0] if caps else None)
+    return Transforms(scale, caps[0] if caps else None)
 
 
-def _check_transforms(transforms: Mapping[str, float]) -> _Transforms:
+def check_transforms(transforms: Mapping[str, float]) -> Transforms:
     if not isinstance(transforms, Mapping):
         raise TypeError(f"transforms must be a mapping or None, got {describe(transforms)}")
     unknown = sorted(set(transforms) - {"logit_scale", "softcap"})
@@ -189,31 +107,34 @@ def _check_transforms(transforms: Mapping[str, float]) -> _Transforms:
         raise ValueError(f"transforms may have logit_scale and softcap, got {', '.join(map(repr, unknown))}")
     for name, value in transforms.items():
         check_number(f"transforms[{name!r}]", value, minimum=0, open_minimum=True)
-    return _Transforms(**transforms)
+    return Transforms(**transforms)
 
 
 @contextmanager
-def _without_logits(
-    head: Any, labels: Tensor, ignore_index: int, weight_checked: weakref.ref[Tensor] | None
-) -> Iterator[list[_HeadCall]]:
-    """The head's forward keeps what it is given in the list; it computes a few rows, or none with a checked weight."""
-    calls: list[_HeadCall] = []
+def without_logits(
+    head: Any, shape: tuple[int, ...], probed: Callable[[], Tensor], weight_checked: weakref.ref[Tensor] | None
+) -> Iterator[list[HeadCall]]:
+    """The head's forward keeps what it is given in the list; it computes a few rows, or none with a checked weight.
+
+    `shape` is (B, T), `probed` gives the flat positions of the rows that are checked.
+    """
+    calls: list[HeadCall] = []
     original, own = head.forward, vars(head).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if len(args) == 1 and not kwargs else None
-        if calls or not (isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == labels.shape):
+        if calls or not (isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == shape):
             seen = ", ".join(map(describe, [*args, *kwargs.values()])) or "nothing"
             raise ValueError(
-                f"the head must be called once, with hidden states (B, T, H) where labels are {tuple(labels.shape)}; "
+                f"the head must be called once, with hidden states (B, T, H) where labels are {tuple(shape)}; "
                 f"call {len(calls) + 1} got {seen}. For such a model {INSTEAD}"
             )
         # A head with another weight (resized embeddings, another adapter) is another head. FSDP shows it only here.
         check = weight_checked is None or weight_checked() is not head.weight
         device = hidden.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        probes = _probes(hidden, labels, ignore_index) if check else hidden[:1, :0]
-        calls.append(_HeadCall(hidden, probes, torch.autocast(device, dtype=dtype, enabled=enabled)))
+        probes = _stretched(hidden.flatten(0, 1)[probed().to(hidden.device)]) if check else hidden[:1, :0]
+        calls.append(HeadCall(hidden, probes, torch.autocast(device, dtype=dtype, enabled=enabled)))
         if check:
             return original(probes)
         # No row, but tied to the head's parameters and the backbone, which DDP looks for in the outputs. Autocast
@@ -230,15 +151,18 @@ def _without_logits(
             head.forward = own
 
 
-def _probes(hidden: Tensor, labels: Tensor, ignore_index: int) -> Tensor:  # (1, R, H)
-    """The rows that predict the first scored label of a few sequences, as they are and stretched."""
-    some = labels[:PROBED_SEQUENCES].to(hidden.device)
+def first_scored(labels: Tensor, ignore_index: int) -> Tensor:  # (R,) int64
+    """The flat positions of the rows that predict the first scored label of a few sequences, of labels (B, T)."""
+    some = labels[:PROBED_SEQUENCES]
     first = (some != ignore_index).int().argmax(-1)
-    rows = hidden[torch.arange(len(some), device=hidden.device), (first - 1).clamp(min=0)]
+    return torch.arange(len(some), device=labels.device) * labels.shape[1] + (first - 1).clamp(min=0)
+
+
+def _stretched(rows: Tensor) -> Tensor:  # (1, 3·R, H)
     return torch.cat([rows * factor for factor in PROBE_FACTORS]).unsqueeze(0)
 
 
-def _parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """The head's weight (V, H) and bias, if these are all it has."""
     name, parameters = type(head).__name__, dict(head.named_parameters())
     weight = parameters.get("weight")
@@ -264,8 +188,8 @@ def _parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 @torch.no_grad()
-def _check_logits(
-    model: nn.Module, logits: Any, call: _HeadCall, weight: Tensor, bias: Tensor | None, transforms: _Transforms
+def check_logits(
+    model: nn.Module, logits: Any, call: HeadCall, weight: Tensor, bias: Tensor | None, transforms: Transforms
 ) -> None:
     """Hold the model's logits of the rows that its head saw against ours; a check that says nothing is made again."""
     name, wanted = type(model).__name__, (*call.probes.shape[:-1], weight.shape[0])
@@ -297,4 +221,4 @@ def _check_logits(
             f"logit_scale={transforms.logit_scale:g}, softcap={transforms.softcap}: {advice}"
         )
     if tells.any():
-        _checked[model] = (weakref.ref(weight), transforms)
+        checked[model] = (weakref.ref(weight), transforms)
