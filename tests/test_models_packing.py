@@ -106,7 +106,7 @@ def own_rows(model: Any, sequences: list[Sequence]) -> Tensor:  # (S,)
 
 def gradients(model: Any, values: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    (values * torch.linspace(-1, 1.3, len(values))).sum().backward()
+    (values * torch.linspace(-1, 1.3, len(values), device=values.device)).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -301,3 +301,22 @@ def test_scored_tokens_are_checked() -> None:
     for call, error, message in calls:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_on_a_gpu_values_and_gradients_are_those_of_rows_of_their_own(attention: str) -> None:
+    """Where a prefix is causal to the lower right, and FlexAttention is compiled and has a backward."""
+    model = build("qwen3", **{**SMALL, "hidden_size": 64, "head_dim": 16}).cuda()
+    chosen, rejected = make_pairs()
+    want = own_rows(model.cpu(), [*chosen, *rejected])
+    want_gradients = gradients(model, want)
+    model.cuda()
+    assert why_not_packed(model, max_length=64, attention=attention) is None
+    set_attention(model, attention)
+    got = packed(model, chosen, rejected, attention=attention, device="cuda")
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+    for name, value in gradients(model, got).items():
+        expected = want_gradients[name]
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item(), msg=name)

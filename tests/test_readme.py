@@ -56,3 +56,18 @@ def test_the_code_without_logits_runs_as_it_stands_and_agrees_with_the_truth():
     torch.testing.assert_close(names["policy"].double(), truth, rtol=1e-6, atol=0)
     assert names["out"].loss.item() == pytest.approx(0.6931472, rel=1e-5)  # its own reference: ln 2
     assert model.lm_head.weight.grad is not None
+
+
+def test_the_code_for_shared_rows_runs_as_it_stands_and_agrees_with_the_truth():
+    transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pack_pairs" in code]
+    config = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=1, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    chosen, rejected = [([1, 2, 3, 4], 2), ([5, 6, 7], 1)], [([1, 2, 8], 2), ([5, 9, 10, 11, 12], 1)]
+    names = {"fastpref": fastpref, "model": model, "chosen": chosen, "rejected": rejected}
+    exec(code, names, names)
+    for found, (ids, start) in zip(names["policy"], [*chosen, *rejected], strict=True):
+        row = torch.tensor([ids])
+        labels = row.masked_fill(torch.arange(len(ids)) < start, -100)
+        truth = fastpref.reference.sequence_logps(model(input_ids=row).logits, labels, dtype=torch.float64)
+        torch.testing.assert_close(found[None].double(), truth, rtol=1e-6, atol=0)
