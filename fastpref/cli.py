@@ -23,6 +23,7 @@ INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 def train_command(arguments: list[str]) -> int:
     try:
+        from fastpref.options import UsageError
         from fastpref.training.arguments import parse_arguments
         from fastpref.training.durable import SaveError
         from fastpref.training.loop import train_run
@@ -36,7 +37,7 @@ def train_command(arguments: list[str]) -> int:
         return _fail("fastpref train", error, code=2)
     try:
         result = train_run(run)
-    except ResumeError as error:
+    except (ResumeError, UsageError) as error:
         return _fail("fastpref train", error, code=2)
     except (NonFiniteError, MemoryLimitError, SaveError) as error:
         return _fail("fastpref train", error, code=1)

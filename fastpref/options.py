@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UsageError(ValueError):
-    """Options that do not parse. The message is one line."""
+    """Options that do not parse, or name what cannot be used."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -156,6 +156,24 @@ def test_a_window_as_long_as_the_longest_sequence_hides_nothing() -> None:
     torch.testing.assert_close(packed(model, chosen, rejected), want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("beyond", [False, True])
+def test_rotary_positions_that_change_with_the_longest_sequence_are_served_up_to_that_length(beyond: bool) -> None:
+    """A pair beside a longer one would have another value than alone."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rotary = {"rope_type": "longrope", **factors, "rope_theta": 1e4, "factor": 4.0}
+    original = 18 if beyond else 19  # of 19 tokens at most
+    positions = {"original_max_position_embeddings": original, "max_position_embeddings": 64}
+    model = build(
+        "phi3", **SMALL, **positions, rope_parameters={**rotary, "original_max_position_embeddings": original}
+    )
+    chosen, rejected = make_pairs()
+    why = why_not_packed(model, max_length=19)
+    assert (why is not None and "longer than 18 tokens (rope_type=longrope), and max_length=19" in why) is beyond
+    set_attention(model)
+    want = own_rows(model, [*chosen, *rejected])
+    assert torch.allclose(packed(model, chosen, rejected), want, rtol=1e-5, atol=2e-5) is not beyond
+
+
 def test_the_trial_finds_what_no_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose layers take in the token before, and one that takes no positions."""
     model = build("llama", **SMALL)
@@ -222,6 +240,19 @@ def test_gradient_checkpointing_finds_the_segments_again_in_backward() -> None:
     assert all(torch.equal(found[name], value) for name, value in want.items())
 
 
+def test_a_copy_of_the_mask_has_its_segments_still() -> None:
+    """As a batch has that went to another device, or came from another process."""
+    model = build("qwen3", **SMALL)
+    set_attention(model)
+    row = pack_pairs(*make_pairs())
+    copied = {name: value.clone() for name, value in row.inputs.items()}
+    assert not hasattr(copied["attention_mask"], "segments")
+    assert torch.equal(
+        model_logps(model, copied, scored=row.scored),  # type: ignore[arg-type]
+        model_logps(model, row.inputs, scored=row.scored),  # type: ignore[arg-type]
+    )
+
+
 def test_without_segments_the_model_is_as_before() -> None:
     """Padded batches and generation go through the same attention function."""
     model = build("qwen3", **SMALL)
@@ -276,6 +307,7 @@ def test_flex_attention_sees_what_sdpa_sees() -> None:
         ([(np.arange(3), 1)], [(np.arange(3), 4)], ValueError, r"rejected\[0\].* in \[1, 3\], got 4"),
         ([(np.arange(3.0), 1)], [(np.arange(3), 1)], TypeError, r"chosen\[0\] must hold token ids .* got float64"),
         ([(np.zeros((1, 3), int), 1)], [(np.arange(3), 1)], TypeError, r"shape \(1, 3\)"),
+        ([np.arange(3)], [(np.arange(3), 1)], TypeError, r"chosen\[0\] must be \(token ids, index of the first"),
         ([(np.arange(3), True)], [(np.arange(3), 1)], TypeError, "must be an index, got True"),
     ],
 )
@@ -296,6 +328,15 @@ def test_scored_tokens_are_checked() -> None:
          "labels in the batch or scored, not both"),
         (lambda: model_logps(model, row.inputs, scored=ScoredTokens(source[:-1], labels, cu_seqlens)), ValueError,
          "scored.source and scored.labels must be"),
+        (lambda: model_logps(model, row.inputs, scored=ScoredTokens(source, labels, None)), TypeError,  # type: ignore[arg-type]
+         "scored.cu_seqlens must be a torch.Tensor, got None"),
+        (lambda: model_logps(model, row.inputs, scored=ScoredTokens(source + 9, labels, cu_seqlens)), ValueError,
+         r"scored.source must be in \[0, \d+\), flat positions"),
+        (lambda: model_logps(model, row.inputs, scored=ScoredTokens(source - 9, labels, cu_seqlens)), ValueError,
+         "scored.source must be in"),
+        (lambda: set_attention(model, "eager"), ValueError, "attention must be one of"),
+        (lambda: set_attention(torch.nn.Linear(2, 2)), TypeError, "model must be a transformers model, got Linear"),
+        (lambda: why_not_packed(model, max_length=64, attention="eager"), ValueError, "attention must be one of"),
         (lambda: model_logps(model, {"position_ids": source}, scored=row.scored), ValueError, "must hold input_ids"),
     ]  # fmt: skip
     for call, error, message in calls:

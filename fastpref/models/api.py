@@ -8,6 +8,7 @@ does to its logits afterwards is read from its config, and held against the mode
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -142,6 +143,7 @@ def _shape(batch: Mapping[str, Any], scored: ScoredTokens | None) -> tuple[int, 
     if batch.get("labels") is not None:
         raise ValueError("give labels in the batch or scored, not both")
     source, labels = check_tensor("scored.source", scored.source), check_tensor("scored.labels", scored.labels)
+    check_tensor("scored.cu_seqlens", scored.cu_seqlens)
     if source.dtype != torch.int64 or source.dim() != 1 or source.shape != labels.shape:
         raise ValueError(
             f"scored.source and scored.labels must be (N,), source int64; got {describe(source)} and {describe(labels)}"
@@ -149,7 +151,14 @@ def _shape(batch: Mapping[str, Any], scored: ScoredTokens | None) -> tuple[int, 
     if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
         raise ValueError(f"batch must hold input_ids (B, T) or inputs_embeds; it has {sorted(batch)}")
     given = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return tuple(check_tensor("batch['input_ids']", given).shape[:2])
+    shape = tuple(check_tensor("batch['input_ids']", given).shape[:2])
+    # Reading the values would make a GPU wait.
+    if source.device.type == "cpu" and ((source < 0) | (source >= math.prod(shape))).any():
+        raise ValueError(
+            f"scored.source must be in [0, {math.prod(shape)}), flat positions of the batch's {shape}; got "
+            f"{int(source.min())} to {int(source.max())}"
+        )
+    return shape
 
 
 def _first_of_each(scored: ScoredTokens) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastpref.checks import check_choice, describe
 from fastpref.models.api import ScoredTokens
-from fastpref.models.segments import Segment, block_mask, segment_mask
+from fastpref.models.segments import ATTENTIONS, Segment, block_mask, segment_mask
 
 Ids = NDArray[np.int64]
 
@@ -53,7 +53,7 @@ def pack_pairs(
         ValueError, TypeError: lists of different lengths, or empty; ids that are not one-dimensional integers; a start
             outside [1, length].
     """
-    check_choice("attention", attention, ("sdpa", "flex"))
+    check_choice("attention", attention, ATTENTIONS)
     if len(chosen) != len(rejected) or not chosen:
         raise ValueError(
             f"chosen and rejected must hold as many sequences, at least 1; got {len(chosen)} and {len(rejected)}"
@@ -94,6 +94,8 @@ def pack_pairs(
 
 
 def _sequence(name: str, given: tuple[ArrayLike, int]) -> tuple[Ids, int]:
+    if not (isinstance(given, (tuple, list)) and len(given) == 2):
+        raise TypeError(f"{name} must be (token ids, index of the first scored one), got {describe(given)}")
     values, start = given
     ids = np.asarray(values)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from fastpref.checks import check_choice, describe
+from fastpref.models.head import unwrap
+
 NAME = "fastpref_segments"
+ATTENTIONS = ("sdpa", "flex")
 # Rows of a masked attention on a CPU: what the mask hides is computed too, and each chunk reads all keys before it.
 CHUNK = 1024
 
@@ -81,7 +85,7 @@ def segment_attention(
     """An attention function of transformers: SDPA, segment by segment where the mask carries segments."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    segments: tuple[Segment, ...] | None = getattr(attention_mask, "segments", None)
+    segments = _segments(attention_mask)
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -106,6 +110,15 @@ def segment_attention(
             v = torch.cat([values[of][:, :, :prefix], v], dim=2)
         found.append(_causal(q, k, v, dropout, scaling))
     return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _segments(mask: Tensor | None) -> tuple[Segment, ...] | None:
+    """What the mask carries; a copy (on another device, from another process, of a checkpoint) has its values alone."""
+    if mask is None or mask.dtype != torch.int64:  # transformers' own masks are bool or floating
+        return None
+    if not hasattr(mask, "segments"):
+        mask.segments = tuple(Segment(*values) for values in mask[0, 0].tolist())  # type: ignore[attr-defined]
+    return mask.segments  # type: ignore[attr-defined]
 
 
 def _span(segment: Segment) -> int:
@@ -138,7 +151,14 @@ def set_attention(model: Any, attention: str = "sdpa") -> None:
     """Make a transformers model take segments: as `segment_mask` for "sdpa", as `block_mask` for "flex".
 
     Calls without segments (generation, padded batches) go on as before.
+
+    Raises:
+        ValueError, TypeError: another attention; a model that has none of transformers' attention functions to set.
     """
+    check_choice("attention", attention, ATTENTIONS)
+    model = unwrap(model)
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model must be a transformers model, got {describe(model)}")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref.checks import check_choice
 from fastpref.models.head import unwrap
 from fastpref.models.packing import pack_pairs
-from fastpref.models.segments import set_attention
+from fastpref.models.segments import ATTENTIONS, set_attention
 
 # Layers whose output for a token depends on nothing but the keys and values that attention shows it.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "dense", "sparse")
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+# Rotary positions that change with the longest sequence: where the length stands beyond which they do.
+LIMITS = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
 
 # Two pairs of the trial: lengths of prompt, chosen and rejected response.
 TRIAL = ((5, 7, 6), (4, 3, 8))
@@ -35,6 +38,7 @@ def why_not_packed(model: Any, *, max_length: int, attention: str = "sdpa") -> s
 
     The model's attention is as before afterwards: `set_attention` is what sets it.
     """
+    check_choice("attention", attention, ATTENTIONS)
     causal_lm = unwrap(model)
     name = type(getattr(causal_lm, "get_base_model", lambda: causal_lm)()).__name__
     reason = _by_config(causal_lm, max_length)
@@ -61,6 +65,15 @@ def _by_config(model: Any, max_length: int) -> str | None:
         window = getattr(config, attribute, None)
         if isinstance(window, int) and 0 < window < max_length:
             return f"its attention has a window ({attribute}={window}) below max_length={max_length}"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for of_kind in (rotary, *rotary.values()):  # some models have several, by the kind of layer
+        kind = of_kind.get("rope_type") if isinstance(of_kind, Mapping) else None
+        limit = {**vars(config), **of_kind}.get(LIMITS[kind]) if kind in LIMITS else None
+        if limit is not None and limit < max_length:
+            return (
+                "its rotary positions are others for a whole row as soon as one of its sequences is longer than "
+                f"{limit} tokens (rope_type={kind}), and max_length={max_length}"
+            )
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced (transformers' attention interface is not used)"
     return None

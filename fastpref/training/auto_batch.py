@@ -72,7 +72,7 @@ def auto_batch(run: Run, model: Any, optimizer: Any) -> BatchPlan:
     if not run.config.auto_batch:
         return plan
     stored = None if run.state is None else run.state.get("micro_batch")
-    if stored is not None:  # another cut would round otherwise, and a resumed run is to be bitwise the same
+    if stored is not None:  # found before; another cut would round otherwise, and the bits are to be the same
         run.console.say(f"auto_batch: micro-batches as in the checkpoint, {_describe(*stored)}")
         return dataclasses.replace(plan, batch_size=stored[0], batch_tokens=stored[1])
     order = sorted(plan.used(run.steps), key=lambda index: -plan.sizes.of([index]))

@@ -17,12 +17,12 @@ class Sizes:
 
     tokens: tuple[int, ...]  # of each pair
     longest: tuple[int, ...]  # its longer sequence
-    padded: bool
+    widths: tuple[int, ...] | None  # that sequence as a padded row; None where rows are not padded
 
     def of(self, indices: Sequence[int]) -> int:
         """Tokens of a batch of these pairs, padding included."""
-        if self.padded:
-            return 2 * len(indices) * max((self.longest[index] for index in indices), default=0)
+        if self.widths is not None:
+            return 2 * len(indices) * max((self.widths[index] for index in indices), default=0)
         return sum(self.tokens[index] for index in indices)
 
     def longest_first(self, indices: Sequence[int]) -> list[int]:

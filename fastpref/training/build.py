@@ -25,7 +25,7 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
     if given is not None and config.tokenizer is not None:
         raise ValueError("a tokenizer object was given, and config.tokenizer too: give one of the two")
     source = config.tokenizer or config.model
-    for name in ("tokenizer", "model"):
+    for name in ("tokenizer", "model", "reference_model"):
         _check_folder(name, getattr(config, name))
     if given is None and source is None:
         raise ValueError("a tokenizer is needed: set tokenizer to a folder or hub name, or set model")
@@ -70,6 +70,9 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
         say(line)
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         say("the model has 16-bit weights, which small updates leave as they are: load it in float32")
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+        say("the router's auxiliary loss is no part of a preference loss: output_router_logits is set to False")
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way; both recompute without re-entering autograd by default.
         newer = getattr(model, "activation_checkpointing_enable", None)

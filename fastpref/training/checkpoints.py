@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 STATE = "training_state.pt"
 OPTIMIZER = "optimizer.pt"
 BEST = "best.json"
+LOWER_IS_BETTER = ("loss", "rejected", "penalty", "active_frac")  # endings of metrics; of the others more is
 SPARE = 1 << 20  # bytes of a saved model beside its weights: config, tokenizer
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -81,6 +83,8 @@ def _check_named(folder: Path) -> Path:
         raise FileNotFoundError(f"resume: {str(folder)!r} is not a checkpoint folder (it has no {MANIFEST})")
     damage = find_damage(folder)
     if damage is None:
+        if not (folder / STATE).is_file():  # the final model, or the best
+            raise FileNotFoundError(f"resume: {str(folder)!r} is not a checkpoint folder (it has no {STATE})")
         return folder
     siblings = checkpoint_folders(folder.parent) if _NAME.fullmatch(folder.name) else []
     older = [other for other in siblings if _step(other) < _step(folder) and find_damage(other) is None]
@@ -139,23 +143,25 @@ def save_trained_model(run: Run, model: Any) -> None:
     _save_alone(run, model, "model", {})
 
 
-def keep_best(
-    run: Run, model: Any, record: Mapping[str, Any], best: dict[str, float] | None
-) -> dict[str, float] | None:
-    """The best value of `best_metric` so far and its step; its model goes to `best`, if it is this evaluation's."""
-    name = run.config.best_metric
-    if not _improves(name, record[name], None if best is None else best["value"]):
+def keep_best(run: Run, model: Any, record: Mapping[str, Any], best: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The best value of `best_metric` so far and its step; with save_best this evaluation's model goes to `best`.
+
+    An earlier value of another metric does not count, nor with save_best one whose model was not kept.
+    """
+    name, keep = run.config.best_metric, run.config.save_best
+    counts = best is not None and best["metric"] == name and (best["kept"] or not keep)
+    if not _improves(name, record.get(name, math.nan), best["value"] if best is not None and counts else None):
         return best
-    best = {"step": record["step"], "value": record[name]}
-    if run.config.save_best:
-        _save_alone(run, model, "best", {BEST: {"metric": name, **best}})
+    best = {"metric": name, "step": record["step"], "value": record[name], "kept": keep}
+    if keep:
+        _save_alone(run, model, "best", {BEST: {name: best[name] for name in ("metric", "step", "value")}})
     return best
 
 
 def _improves(name: str, value: float, best: float | None) -> bool:
     if math.isnan(value):
         return False
-    return best is None or (value < best if name.endswith("loss") else value > best)
+    return best is None or (value < best if name.endswith(LOWER_IS_BETTER) else value > best)
 
 
 def _save_alone(run: Run, model: Any, name: str, notes: Mapping[str, Any]) -> None:
@@ -209,8 +215,9 @@ def _load_weights(run: Run, model: Any, folder: Path) -> None:
                 raise ResumeError(f"{adapter} has weights that the model's adapter lacks: {found.unexpected_keys[:3]}")
         return
     # By way of a second model: save_pretrained may shard, rename and leave out tied weights, and undoes it itself.
+    widest = functools.reduce(torch.promote_types, (p.dtype for p in run.model.parameters()))  # rounds none of them
     with _no_bars():
-        loaded = type(run.model).from_pretrained(folder, dtype=run.model.dtype)
+        loaded = type(run.model).from_pretrained(folder, dtype=widest)
     load_model_state(run.accelerator, model, loaded.state_dict())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.models import ScoredTokens, pack_pairs
-from fastpref.training.data import Pair
+from fastpref.training.data import Ids, Pair, Response
 
 IGNORE = -100
 PAD_MULTIPLE = 8  # tensor cores want it; more would only be padding
@@ -25,6 +25,10 @@ class Layout:
     max_length: int
     device: torch.device | str = "cpu"
     attention: str = "sdpa"
+
+    def width(self, longest: int) -> int:
+        """Of rows that hold a sequence each: rounded up to a multiple of 8, but never beyond `max_length`."""
+        return max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length))
 
     def tokens(self, pair: Pair) -> int:
         """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
@@ -52,8 +56,8 @@ def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
         inputs, labels = _padded(pairs, layout)
     else:
         inputs, scored = pack_pairs(
-            [pair.chosen for pair in pairs],
-            [pair.rejected for pair in pairs],
+            [_scored(pair.chosen) for pair in pairs],
+            [_scored(pair.rejected) for pair in pairs],
             share_prefix=layout.name == "shared",
             attention=layout.attention,
             device=layout.device,
@@ -76,15 +80,19 @@ def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
     )
 
 
+def _scored(response: Response) -> tuple[Ids, int]:
+    """Nothing predicts a sequence's first token, be it a response's: without a prompt it is not scored."""
+    return response.ids, max(response.start, 1)
+
+
 def _padded(pairs: Sequence[Pair], layout: Layout) -> tuple[dict[str, Any], Tensor]:
     """Rows padded on the right, where a causal model's default positions stay right.
 
-    To the batch's longest sequence, rounded up to a multiple of 8 but never beyond `max_length`. Padding is known by
-    its position and nothing else: `pad_id` may be the id of a real token (EOS often is).
+    To the `Layout.width` of the batch's longest sequence. Padding is known by its position and nothing else: `pad_id`
+    may be the id of a real token (EOS often is).
     """
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    longest = max(len(response.ids) for response in responses)
-    width = max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, layout.max_length))
+    width = layout.width(max(len(response.ids) for response in responses))
     input_ids = torch.full((len(responses), width), layout.pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE)

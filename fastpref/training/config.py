@@ -179,7 +179,10 @@ class TrainConfig:
     save_every: int = _option(500, "Write a checkpoint every so many steps; 0 writes none (the final model always is).")
     keep_checkpoints: int = _option(2, "How many of the newest checkpoints stay on disk.")
     save_best: bool = _option(False, "Keep the model of the best evaluation so far in the folder `best`.")
-    best_metric: str = _option("eval_loss", "The metric that --save_best looks at; a loss is better when lower.")
+    best_metric: str = _option(
+        "eval_loss",
+        "The metric that --save_best looks at; of losses, penalties and all of the rejected, less is better.",
+    )
     logging_every: int | None = _option(
         None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10."
     )

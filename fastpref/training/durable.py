@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK = 1 << 24
-# Names of what is not (or no longer) there: dot, name, ending. Nothing that reads a run looks at them.
-NEW, OLD, GONE = ".new", ".old", ".gone"
+# Names of what is not (or no longer) there: dot, name, ending. Nothing that reads a run looks at them, and nobody else
+# gives such a name to a file: `sweep` deletes what it finds.
+NEW, OLD, GONE = ".fastpref-new", ".fastpref-old", ".fastpref-gone"
 # What writing raises where it fails: torch's zip writer turns an OSError into a RuntimeError.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -56,7 +57,8 @@ def full_disk_noticed(folder: Path) -> Iterator[None]:
 
 
 def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    """Of the disk that `folder` is on, or would be if somebody had not deleted it."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def _room(folder: Path, needed: int | None) -> str:

@@ -11,7 +11,7 @@ from fastpref.losses import preference_loss
 from fastpref.training.batches import cut
 from fastpref.training.distributed import deal, is_sharded
 from fastpref.training.durable import writing
-from fastpref.training.forward import batch_logps, reference_logps
+from fastpref.training.forward import autocasts, batch_logps, reference_logps
 from fastpref.training.metrics import keep_records, means, pair_sums, write_record, zero_sums
 from fastpref.training.oom import explained
 from fastpref.training.prepare import Run
@@ -69,12 +69,10 @@ def write_samples(run: Run, step: int) -> None:
     model.eval()
     path = run.output_dir / SAMPLES
     with writing(path), path.open("a", encoding="utf-8") as file, torch.no_grad():
-        for pair in run.eval_pairs[: config.sample_prompts]:
-            if not len(pair.prompt):
-                continue
+        for pair in [pair for pair in run.eval_pairs if len(pair.prompt)][: config.sample_prompts]:
             prompt = torch.from_numpy(pair.prompt).long().to(device)[None]
             room = getattr(model.config, "max_position_embeddings", None) or math.inf
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts(config, device)):
                 answer = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),

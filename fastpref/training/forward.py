@@ -24,8 +24,7 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
     `sequence_logps` computes in float32 anyway.
     """
     device = batch.inputs["input_ids"].device
-    enabled = config.precision == "bf16" and multiplies_bf16_faster(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts(config, device)):
         if config.logps == "linear":
             inputs = batch.inputs if batch.labels is None else {**batch.inputs, "labels": batch.labels}
             options: dict[str, Any] = {"reduction": reduction, "memory_budget": config.memory_budget}
@@ -43,6 +42,11 @@ def _of_logits(logits: Tensor, batch: Batch, reduction: str) -> Tensor | tuple[T
     source, labels, cu_seqlens = batch.scored
     rows = logits.flatten(0, 1).index_select(0, source)
     return sequence_logps(rows, labels, cu_seqlens=cu_seqlens, shift=False, reduction=reduction)
+
+
+def autocasts(config: TrainConfig, device: torch.device) -> bool:
+    """Whether products are made in bfloat16: where it was asked for, and is no slower."""
+    return config.precision == "bf16" and multiplies_bf16_faster(device)
 
 
 @cache

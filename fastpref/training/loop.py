@@ -105,12 +105,12 @@ def train_run(run: Run) -> TrainResult:
             step = 0 if run.state is None else run.state["step"]
             return TrainResult(run.output_dir, run.model.eval(), step, [], stopped.name)
         except SaveError as error:
-            raise SaveError(f"{error}. {_what_is_left(run)}; make room and go on with resume") from error
+            how = "go on with resume" if checkpoint_folders(run.output_dir) else "start again"
+            raise SaveError(f"{error}. {_what_is_left(run)}; mend that and {how}") from error
         except MemoryLimitError as error:
             raise MemoryLimitError(f"{error}. {_what_is_left(run)}") from error
         finally:
-            if run.layout.name != "padded":
-                run.model.set_attn_implementation(run.own_attention)
+            run.restore_attention()
 
 
 class _Loop:
@@ -129,7 +129,7 @@ class _Loop:
         self.start, self.tokens, self.advised = 0, 0, False
         self.evaluated = True  # after step `start`, if that was due
         self.drawing = Clock()
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, Any] | None = None
         if run.checkpoint is not None and run.state is not None:
             self.restore(run.checkpoint, run.state)
         run.plan = auto_batch(run, self.model, self.optimizer)
@@ -139,10 +139,10 @@ class _Loop:
         describe_run(run)
         run.model.train()
         with (
-            MetricLog(run.output_dir, run.console, start=self.start, evaluated=self.evaluated) as log,
+            MetricLog(run.output_dir, run.console, start=run.kept, evaluated=self.evaluated) as log,
             run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
-            prepare_samples(run, self.start, evaluated=self.evaluated)
+            prepare_samples(run, run.kept, evaluated=self.evaluated)
             if not self.evaluated:
                 with self.window.paused():
                     self.evaluate(log, self.start)
@@ -277,7 +277,7 @@ class _Loop:
             "evaluated": evaluated,
             "best": self.best,
             "settings": self.run.settings,
-            "micro_batch": (self.run.plan.batch_size, self.run.plan.batch_tokens),
+            "micro_batch": (self.run.plan.batch_size, self.run.plan.batch_tokens) if self.config.auto_batch else None,
             "initial_weights": self.initial_weights,
             "schedule": self.schedule.state_dict(),
             "window": self.window.state(self.run.accelerator),
@@ -291,7 +291,8 @@ class _Loop:
         self.schedule.load_state_dict(state["schedule"])
         self.window.load_state(state["window"], self.run.accelerator)
         self.start, self.tokens, self.advised = state["step"], state["tokens"], state["advised"]
-        self.evaluated, self.best = state["evaluated"], state["best"]
+        self.evaluated = state["evaluated"]
+        self.best = state["best"] if self.run.kept else None  # else its model is in another folder
 
 
 def _what_is_left(run: Run) -> str:

@@ -17,7 +17,7 @@ from fastpref.linear.peaks import Step, Use, logits_peak
 from fastpref.linear.plan import Problem, machine_of, parse_budget, plan_tokens
 from fastpref.models import SOFTCAPS
 from fastpref.training.collate import IGNORE, Batch
-from fastpref.training.forward import multiplies_bf16_faster
+from fastpref.training.forward import autocasts
 from fastpref.training.memory import available
 from fastpref.training.meta import on_meta
 from fastpref.training.prepare import Run
@@ -65,7 +65,7 @@ def plan_memory(run: Run) -> MemoryPlan:
     parameters = list({id(p): p for p in run.model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
     buffers = sum(_bytes(buffer) for buffer in run.model.buffers())
-    bf16 = config.precision == "bf16" and multiplies_bf16_faster(device)
+    bf16 = autocasts(config, device)
     operand = torch.bfloat16 if bf16 else parameters[0].dtype
     shards = run.accelerator.num_processes if _sharded(run.accelerator) else 1
     gradients = sum(map(_bytes, trained))

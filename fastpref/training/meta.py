@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastpref.options import UsageError
 from fastpref.training.build import build_model
 from fastpref.training.config import TrainConfig
 
@@ -24,6 +25,12 @@ def build_on_meta(
     config: TrainConfig, given: Any, tokenizer: Any, *, max_length: int, say: Callable[[str], None]
 ) -> Any:
     """What `build_model` makes, checked in the same way, without a single number in it; `given` stays as it is."""
+    if config.reference_model is not None:
+        try:
+            AutoConfig.from_pretrained(config.reference_model)
+            say(f"reference_model: {check_weights(config.reference_model)}")
+        except (ValueError, OSError) as error:
+            raise UsageError(f"reference_model={config.reference_model!r}: {error}") from error
     if given is not None and isinstance(given, nn.Module):
         given = on_meta(given)
     elif config.model is not None:

@@ -145,9 +145,10 @@ def keep_records(path: Path, *, start: int, evaluated: bool = True, cut: bool = 
         try:
             record = json.loads(line)
             step, of_training = record["step"], "loss" in record
+            earlier = step < start or (step == start and (evaluated or of_training))
         except (ValueError, TypeError, KeyError):  # torn
             continue
-        if line.endswith(b"\n") and (step < start or (step == start and (evaluated or of_training))):
+        if line.endswith(b"\n") and earlier:
             kept.append(line)
             records.append(record)
     after = b"".join(kept)

@@ -30,5 +30,6 @@ def make_optimizer(run: Run) -> torch.optim.AdamW:
 
 def make_schedule(optimizer: Any, run: Run) -> Any:
     config = run.config
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * run.steps)
+    # 0.07 of 100 steps are 7, though the product is a little more.
+    warmup = config.warmup_steps or math.ceil(round(config.warmup_ratio * run.steps, 6))
     return get_scheduler(config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=run.steps)

@@ -34,6 +34,7 @@ from fastpref.training.distributed import make_accelerator, place
 from fastpref.training.durable import sweep
 from fastpref.training.files import Rows, check_rows, load_rows
 from fastpref.training.formats import has_messages
+from fastpref.training.forward import autocasts
 from fastpref.training.layout import settle_layout
 from fastpref.training.meta import build_on_meta
 from fastpref.training.metrics import check_best
@@ -67,6 +68,7 @@ class Run:
     steps: int
     layout: Layout
     own_attention: str  # the model's before the layout set it
+    shape: str  # of the model, before it was wrapped
     output_dir: Path
     checkpoint: Path | None  # to resume from
     state: dict[str, Any] | None  # of that checkpoint
@@ -80,9 +82,20 @@ class Run:
         """Steps between two metric records."""
         return self.config.logging_every or min(max(self.steps // 100, 1), 10)
 
+    def restore_attention(self) -> None:
+        """Give the model, which may be the caller's, the attention back that it had before the layout set it."""
+        if self.layout.name != "padded":
+            self.model.set_attn_implementation(self.own_attention)
+
     def sizes(self, pairs: Sequence[Pair]) -> Sizes:
         """What pairs take in this run's batches."""
         return _sizes(pairs, self.layout)
+
+    @property
+    def kept(self) -> int:
+        """Steps whose records the output folder has: those until the checkpoint, if that is this folder's own."""
+        here = self.checkpoint is not None and self.checkpoint.resolve().parent == self.output_dir.resolve()
+        return self.state["step"] if here and self.state is not None else 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,6 +103,7 @@ class Run:
         fixed = {name: getattr(self.config, name) for name in FIXED_ON_RESUME}
         return {
             **fixed,
+            "model": self.shape,
             "layout": self.layout.name,
             "group_by_length": self.plan.grouped,
             "pairs_per_step": self.plan.per_step,
@@ -112,6 +126,9 @@ def prepare(
     out = sys.stdout if config.dry_run else sys.stderr  # there the lines are what was asked for
     console = Console(main=accelerator.is_main_process, progress=config.progress, out=out)
     check_offload(config, accelerator.device)
+    if config.precision == "bf16" and not autocasts(config, accelerator.device):
+        console.say("precision=bf16 would be slower on this CPU, which only emulates it: the run is in float32")
+    _check_folders(config)
     spec = _check_loss(config, accelerator.num_processes)
     check_auto_batch(config, spec, accelerator.distributed_type.name)
     torch.manual_seed(config.seed)
@@ -171,17 +188,29 @@ def prepare(
         pairs=pairs,
         eval_pairs=eval_pairs,
         plan=plan,
-        steps=config.max_steps or math.ceil(config.epochs * plan.steps_per_epoch),
+        steps=config.max_steps or math.ceil(round(config.epochs * plan.steps_per_epoch, 6)),
         layout=layout,
         own_attention=own_attention,
+        shape=_shape(model),
         output_dir=output_dir,
         checkpoint=None,
         state=None,
     )
-    run = _with_output(run)
-    if not config.dry_run:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run = _with_output(run)
+        if not config.dry_run:
+            output_dir.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        run.restore_attention()
+        raise
     return run
+
+
+def _check_folders(config: TrainConfig) -> None:
+    for name in ("output_dir", "reference_cache"):
+        value = getattr(config, name)
+        if value is not None and Path(value).exists() and not Path(value).is_dir():
+            raise ValueError(f"{name} must be a folder, or the name of a new one; {value!r} is a file")
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
@@ -218,9 +247,16 @@ def _pairs(rows: Rows, tokenizer: Any, max_length: int, name: str, console: Cons
     return found.pairs
 
 
+def _shape(model: Any) -> str:
+    """In short: a model without the checkpoint's adapter, or with another number of layers, has other tensors."""
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    return f"{len(trained)} weights, {sum(trained)} of them trained"
+
+
 def _sizes(pairs: Sequence[Pair], layout: Layout) -> Sizes:
     tokens = tuple(layout.tokens(pair) for pair in pairs)
-    return Sizes(tokens, tuple(pair.length for pair in pairs), padded=layout.name == "padded")
+    longest = tuple(pair.length for pair in pairs)
+    return Sizes(tokens, longest, tuple(map(layout.width, longest)) if layout.name == "padded" else None)
 
 
 def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, console: Console) -> TrainConfig:
@@ -260,14 +296,13 @@ def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], l
 def _with_output(run: Run) -> Run:
     """Find the checkpoint to resume and hold it against the run, or see that none would be mixed up."""
     config, output_dir = run.config, run.output_dir
-    if run.accelerator.is_main_process and not config.dry_run:
+    if config.resume is None and checkpoint_folders(output_dir):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run: set resume to go on with it, or take another output_dir"
+        )
+    if run.accelerator.is_main_process and not config.dry_run:  # not before: the earlier run may be going on still
         sweep(output_dir)
     if config.resume is None:
-        if checkpoint_folders(output_dir):
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run: set resume to go on with it, or "
-                "take another output_dir"
-            )
         return run
     checkpoint = find_checkpoint(config.resume, output_dir, run.accelerator, say=run.console.say)
     state = load_state(checkpoint)
@@ -281,4 +316,10 @@ def _with_output(run: Run) -> Run:
     if state["step"] > run.steps:
         raise ResumeError(f"{checkpoint} has made {state['step']} steps already, more than the {run.steps} asked for")
     run.console.say(f"resuming {checkpoint} after step {state['step']}")
-    return dataclasses.replace(run, checkpoint=checkpoint, state=state)
+    resumed = dataclasses.replace(run, checkpoint=checkpoint, state=state)
+    if not resumed.kept and checkpoint_folders(output_dir):
+        raise ResumeError(
+            f"{output_dir} holds checkpoints of another run than {checkpoint}: set resume without a path to go on with "
+            "that one, or take another output_dir"
+        )
+    return resumed

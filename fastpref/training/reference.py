@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fastpref.options import UsageError
 from fastpref.training.batches import cut
 from fastpref.training.data import Pair
-from fastpref.training.forward import batch_logps, multiplies_bf16_faster
+from fastpref.training.forward import autocasts, batch_logps
 from fastpref.training.oom import explained
 from fastpref.training.prepare import ResumeError, Run
 from fastpref.training.reference_cache import (
@@ -58,7 +59,7 @@ def add_reference(run: Run) -> str | None:
         )
     if not without:
         if config.reference_model is not None:
-            raise ValueError(
+            raise UsageError(
                 f"reference_model={config.reference_model!r} would not be used: the dataset has the columns {CHOSEN} "
                 f"and {REJECTED}. Leave out one of the two"
             )
@@ -131,15 +132,11 @@ def _batches(run: Run, pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def _folder(run: Run) -> Path:
-    folder = Path(run.config.reference_cache or run.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"reference_cache must be a folder, or the name of a new one; {str(folder)!r} is a file")
-    return folder
+    return Path(run.config.reference_cache or run.output_dir)
 
 
 def _key(run: Run, weights: str) -> ReferenceKey:
-    # Autocast is left out where it would save nothing.
-    halved = run.config.precision == "bf16" and multiplies_bf16_faster(run.accelerator.device)
+    halved = autocasts(run.config, run.accelerator.device)
     return ReferenceKey(
         weights=weights,
         precision="bf16" if halved else "fp32",

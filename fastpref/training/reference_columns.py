@@ -60,8 +60,7 @@ def with_reference(config: TrainConfig, *, model: Any = None, tokenizer: Any = N
         try:
             add_reference(run)
         finally:
-            if run.layout.name != "padded":
-                run.model.set_attn_implementation(run.own_attention)
+            run.restore_attention()
     columns = {
         CHOSEN: [pair.ref_chosen_logp for pair in run.pairs],
         REJECTED: [pair.ref_rejected_logp for pair in run.pairs],

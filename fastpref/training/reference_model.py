@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import has_file
 
+from fastpref.options import UsageError
 from fastpref.training.build import build_model
 from fastpref.training.distributed import whole_weights
 from fastpref.training.layout import settle_layout
@@ -88,7 +89,7 @@ def _load(run: Run) -> Any:
             model = build_model(options, None, run.tokenizer, max_length=run.max_length, say=run.console.say)
         _check_tokenizer(name, run.tokenizer)
     except (ValueError, OSError) as error:
-        raise type(error)(f"reference_model={name!r}: {error}") from error
+        raise UsageError(f"reference_model={name!r}: {error}") from error
     return model.requires_grad_(False)
 
 

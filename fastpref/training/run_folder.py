@@ -53,14 +53,14 @@ def describe_run(run: Run) -> None:
     folder, config, here = run.output_dir, as_options(run.config), environment(run.accelerator)
     if run.state is None:
         (folder / RESUMED).unlink(missing_ok=True)  # of an earlier run in this folder
-    elif (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file():
+    elif _read(folder / CONFIG) and _read(folder / ENVIRONMENT):
         note = {
             "step": run.state["step"],
             "date": here["date"],
             "config": _changes(folder / CONFIG, config, besides=("resume",)),
             "environment": _changes(folder / ENVIRONMENT, here, besides=("date",)),
         }
-        earlier = (folder / RESUMED).read_text(encoding="utf-8") if (folder / RESUMED).is_file() else ""
+        earlier = (folder / RESUMED).read_text("utf-8", errors="replace") if (folder / RESUMED).is_file() else ""
         _write(folder / RESUMED, f"{earlier}{json.dumps(note, ensure_ascii=False)}\n")
         return
     _write_json(folder / CONFIG, {**config, "resume": None})
@@ -99,6 +99,8 @@ def write_listing(run: Run, history: Sequence[dict[str, Any]]) -> None:
         return
     folder = run.output_dir
     found = {name: sorted(path.name for path in folder.glob(name)) for name in LISTING}
+    if not run.config.save_best:
+        found["best"] = []  # if it is there, of another run in this folder
     names = [(", ".join(paths), LISTING[name]) for name, paths in found.items() if paths]
     width = max(len(name) for name, _ in names)
     last = history[-1] if history else {}
@@ -117,10 +119,19 @@ def write_listing(run: Run, history: Sequence[dict[str, Any]]) -> None:
 
 def _changes(path: Path, now: dict[str, Any], *, besides: tuple[str, ...]) -> dict[str, list[Any]]:
     """What differs from a file, by name as [then, now]."""
-    then = json.loads(path.read_text(encoding="utf-8"))
+    then = _read(path)
     plain = json.loads(json.dumps(now))
     names = [name for name in {**then, **plain} if name not in besides]
     return {name: [then.get(name), plain.get(name)] for name in names if then.get(name) != plain.get(name)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_write_json` wrote; nothing where the file is gone, or not JSON any more."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

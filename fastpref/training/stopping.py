@@ -27,9 +27,9 @@ class Stopped(BaseException):
 
 def how_to_go_on(stopped: str, step: int, output_dir: Path) -> str:
     """The line that the command line ends a stopped run with."""
-    if step == 0:
-        return f"stopped by {stopped} before the first step: the same command starts again"
     folder = output_dir / f"checkpoint-{step}"
+    if not folder.is_dir():  # of step 0 there is none, and one to resume from may be in another folder
+        return f"stopped by {stopped} before the first step: the same command starts again"
     return f"stopped by {stopped} after step {step}: the same command with --resume goes on from {folder}"
 
 
@@ -89,6 +89,8 @@ class StopSignals:
         """Code that a signal may break off anywhere: raises Stopped."""
         self._at_once = True
         try:
+            if self._received is not None:  # it came before this began
+                raise Stopped(self._received.name)
             yield
         finally:
             self._at_once = False

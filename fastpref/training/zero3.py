@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpref.options import UsageError
 from fastpref.training.config import TrainConfig
+from fastpref.training.forward import autocasts
 
 
 def in_use(accelerator: Any) -> bool:
@@ -52,7 +53,7 @@ def wrap(accelerator: Any, model: Any, optimizer: Any, config: TrainConfig) -> t
     # The loop cuts its batches itself and says when a step's last one comes: these are formalities.
     settings["train_micro_batch_size_per_gpu"] = settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = config.max_grad_norm
-    if config.precision == "bf16":
+    if autocasts(config, accelerator.device):
         # The engine ends an autocast that it did not begin. No module is listed: gradients travel in float32.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     engine, _ = accelerator.prepare(model, optimizer)

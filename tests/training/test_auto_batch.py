@@ -192,6 +192,19 @@ def test_a_run_takes_what_was_found_keeps_its_steps_and_its_weights_are_those_of
     assert "auto_batch: micro-batches as in the checkpoint" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_resumed_run_may_begin_to_use_it(
+    limited: type[Limited], make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """After an out-of-memory error, whose message advises just that."""
+    monkeypatch.setattr(limited, "limit", 367)
+    config = make_config(save_every=2)
+    train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+    again = dataclasses.replace(config, auto_batch=True, resume="latest", max_steps=5)
+    train(again, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+    assert "auto_batch: micro-batches of up to 4 pairs and" in " ".join(capsys.readouterr().err.split())
+
+
 def test_one_pair_beyond_the_memory_is_an_error_with_the_sizes(
     limited: type[Limited], make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,

@@ -25,7 +25,7 @@ def pair(chosen: Response, rejected: Response, row: int = 0) -> Pair:
 
 
 def sizes(lengths: list[int], *, padded: bool = False) -> Sizes:
-    return Sizes(tuple(2 * length for length in lengths), tuple(lengths), padded)
+    return Sizes(tuple(2 * length for length in lengths), tuple(lengths), tuple(lengths) if padded else None)
 
 
 def plan(pairs: int, per_step: int, **options: Any) -> BatchPlan:
@@ -94,6 +94,18 @@ def test_a_batch_ends_where_its_tokens_would_pass_the_limit() -> None:
     assert cut(range(5), sizes(lengths, padded=True), batch_size=5, batch_tokens=8) == [[0], [1], [2], [3, 4]]
     assert cut(range(5), sizes(lengths), batch_size=2, batch_tokens=None) == [[0, 1], [2, 3], [4]]
     assert cut([], sizes(lengths), batch_size=2, batch_tokens=8) == []
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 80, 100])
+def test_the_limit_of_padded_batches_counts_what_their_rows_are_rounded_up_to(batch_tokens: int) -> None:
+    layout = Layout("padded", pad_id=0, max_length=20)
+    pairs = [pair(response(length, 3), response(4, 3)) for length in (5, 9, 9, 6, 17, 18, 5)]
+    widths = tuple(layout.width(found.length) for found in pairs)
+    found = Sizes((1,) * 7, tuple(found.length for found in pairs), widths)
+    for indices in cut(range(7), found, batch_size=7, batch_tokens=batch_tokens):
+        batch = collate([pairs[index] for index in indices], layout)
+        assert batch.inputs["input_ids"].numel() == found.of(indices)
+        assert len(indices) == 1 or found.of(indices) <= batch_tokens
 
 
 def test_grouped_steps_hold_like_lengths_in_an_order_that_does_not_fall() -> None:

@@ -85,6 +85,28 @@ def test_a_checkpoint_in_another_folder_can_be_named(start: Make, tmp_path: Path
     assert all(map(torch.equal, straight.model.parameters(), moved.model.parameters()))
 
 
+def test_runs_are_not_mixed_up_in_a_folder(start: Make, tmp_path: Path) -> None:
+    checkpoint = str(start().output_dir / "checkpoint-3")
+    other = str(tmp_path / "other")
+    start(output_dir=other, learning_rate=1e-2, save_every=0)
+    moved = start(output_dir=other, resume=checkpoint)
+    assert [record["step"] for record in steps(moved.history)] == [4, 5, 6]  # and not the other run's 1, 2, 3
+    with pytest.raises(ResumeError, match=r"holds checkpoints of another run than .*set resume without a path"):
+        start(output_dir=other, resume=checkpoint)
+
+
+def test_weights_of_several_dtypes_come_back_as_they_were(start: Make, make_model: Make) -> None:
+    def mixed() -> Any:
+        model = make_model().to(torch.bfloat16)
+        model.transformer.ln_f.float()
+        return model
+
+    options = {"max_steps": 3, "precision": "bf16", "learning_rate": 1e-2}
+    first = start(mixed(), **options).model
+    resumed = start(mixed(), resume=True, **options).model
+    assert all(map(torch.equal, first.parameters(), resumed.parameters()))
+
+
 def test_a_run_can_be_made_longer(start: Make) -> None:
     short = start(max_steps=3, schedule="constant")
     longer = start(max_steps=6, schedule="constant", resume=True)
@@ -140,7 +162,7 @@ def test_a_save_that_fails_stops_the_run_with_the_room_and_the_earlier_checkpoin
     message = str(raised.value)
     assert message.startswith(f"{run / 'checkpoint-4'} could not be written: No space left on device. It needs about ")
     assert re.search(r"about \d+\.\d MiB, and [\d,]+\.\d MiB are free there", message)
-    assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; make room and go on with resume")
+    assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; mend that and go on with resume")
     assert hidden(run) == []
     resumed = start(save_every=2, resume=True)
     straight = start(save_every=2, output_dir=str(tmp_path / "straight"))
@@ -179,7 +201,7 @@ def test_whatever_cannot_be_written_is_named(
         start(max_steps=2, save_every=0, sample_prompts=1, max_new_tokens=2, save_best=True)
     what = f"{name} {tmp_path / 'run'}" if name == "a file in" else str(tmp_path / "run" / name)
     assert str(raised.value).startswith(f"{what} could not be written: No space left on device. ")
-    assert str(raised.value).endswith("No checkpoint had been written; make room and go on with resume")
+    assert str(raised.value).endswith("No checkpoint had been written; mend that and start again")
     assert hidden(tmp_path / "run") == []
 
 
@@ -253,15 +275,32 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(
 def test_what_a_killed_run_left_is_cleared_away_or_put_back(start: Make, tmp_path: Path) -> None:
     run = start(max_steps=3).output_dir
     content = {path.name: path.read_bytes() for path in (run / "checkpoint-3").iterdir()}
-    (run / "checkpoint-3").rename(run / ".checkpoint-3.old")  # about to be replaced
-    shutil.copytree(run / "model", run / ".model.old")  # was replaced
-    for name in (".checkpoint-6.new", ".checkpoint-2.gone"):
+    (run / "checkpoint-3").rename(run / ".checkpoint-3.fastpref-old")  # about to be replaced
+    shutil.copytree(run / "model", run / ".model.fastpref-old")  # was replaced
+    for name in (".checkpoint-6.fastpref-new", ".checkpoint-2.fastpref-gone"):
         (run / name).mkdir()
         (run / name / "model.safetensors").write_bytes(b"half")
-    (run / ".metrics.jsonl.new").write_text("half")
+    (run / ".metrics.jsonl.fastpref-new").write_text("half")
     start(max_steps=3, resume=True)
     assert {path.name: path.read_bytes() for path in (run / "checkpoint-3").iterdir()} == content
     assert hidden(run) == []
+
+
+def test_hidden_files_of_others_stay_as_they_are(start: Make, tmp_path: Path) -> None:
+    mine = [tmp_path / name for name in (".bashrc.old", ".notes.new", ".cache.gone")]
+    for path in mine:
+        path.write_text("mine")
+    start(max_steps=1, output_dir=str(tmp_path))
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+def test_a_second_run_in_the_folder_of_one_that_is_saving_leaves_that_alone(start: Make) -> None:
+    run = start(max_steps=3).output_dir
+    half = run / ".checkpoint-6.fastpref-new"
+    half.mkdir()
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        start(max_steps=6)
+    assert half.is_dir()
 
 
 def test_a_checkpoint_that_is_written_again_is_there_at_every_moment(
@@ -308,6 +347,9 @@ def test_a_torn_line_of_the_metrics_is_made_again_and_no_other(start: Make, tmp_
         (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2] + lines[3][:end])
         assert keep_records(run / "metrics.jsonl", start=4) == [json.loads(line) for line in lines[:3]]
         assert (run / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
+    garbage = b'\xff\n[1]\n5\n{"step": null}\n{"step": "1", "loss": 1}\n'  # whatever somebody has done to the file
+    (run / "metrics.jsonl").write_bytes(lines[0] + garbage + lines[1])
+    assert keep_records(run / "metrics.jsonl", start=4) == [json.loads(line) for line in lines[:2]]
 
 
 def test_the_random_states_of_python_and_numpy_come_back_too(start: Make) -> None:
@@ -323,6 +365,7 @@ def test_the_random_states_of_python_and_numpy_come_back_too(start: Make) -> Non
     ("metric", "values", "steps"),
     [
         ("eval_loss", [3.0, 2.0, 2.0, math.nan, 1.0, 4.0], [1, 2, 5]),
+        ("eval_rewards/rejected", [3.0, 4.0, 2.0, 2.0, 5.0, 1.0], [1, 3, 6]),
         ("eval_rewards/margins", [3.0, 2.0, 4.0, 4.0, math.inf, math.nan], [1, 3, 5]),
     ],
 )
@@ -343,10 +386,19 @@ def test_the_best_model_is_that_of_the_best_evaluation(
     monkeypatch.setattr(checkpoints, "_save_alone", noted)
     result = start(eval_every=1, save_every=1, save_best=True, best_metric=metric)
     assert saved == steps
-    best = {"step": steps[-1], "value": values[steps[-1] - 1]}
-    assert json.loads((result.output_dir / "best" / "best.json").read_text()) == {"metric": metric, **best}
-    assert checkpoints.load_state(result.output_dir / "checkpoint-6")["best"] == best
+    best = {"metric": metric, "step": steps[-1], "value": values[steps[-1] - 1]}
+    assert json.loads((result.output_dir / "best" / "best.json").read_text()) == best
+    assert checkpoints.load_state(result.output_dir / "checkpoint-6")["best"] == {**best, "kept": True}
     assert AutoTokenizer.from_pretrained(result.output_dir / "best").eos_token == "<|end|>"
+
+
+def test_the_best_value_is_in_the_checkpoint_of_a_run_that_keeps_no_model_of_it(start: Make) -> None:
+    result = start(eval_every=1, save_every=1)
+    losses = {record["step"]: record["eval_loss"] for record in result.history if "eval_loss" in record}
+    step = min(losses, key=losses.__getitem__)
+    best = {"metric": "eval_loss", "step": step, "value": losses[step], "kept": False}
+    assert checkpoints.load_state(result.output_dir / "checkpoint-6")["best"] == best
+    assert not (result.output_dir / "best").exists()
 
 
 def test_the_best_value_counts_after_resuming(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +409,31 @@ def test_the_best_value_counts_after_resuming(start: Make, monkeypatch: pytest.M
     monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), "eval_loss": 2.0})
     start(max_steps=4, resume=True, **options)
     assert json.loads((run / "best" / "best.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("before", [{"save_best": False}, {"best_metric": "eval_rewards/rejected"}])
+def test_a_best_value_counts_only_if_it_is_of_this_metric_and_its_model_was_kept(
+    start: Make, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any]
+) -> None:
+    options = {"eval_every": 1, "save_best": True, "schedule": "constant"}
+    evaluate, best = loop.evaluate, {"eval_loss": 0.1, "eval_rewards/rejected": 0.1}
+    monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), **best})
+    run = start(max_steps=3, **{**options, **before}).output_dir
+    best["eval_loss"] = 0.2
+    start(max_steps=4, resume=True, **options)
+    written = json.loads((run / "best" / "best.json").read_text())
+    assert written == {"metric": "eval_loss", "step": 4, "value": 0.2}
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_best_model_there(
+    start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"eval_every": 1, "save_best": True}
+    evaluate, values = loop.evaluate, iter([1.0] * 6 + [2.0] * 3)
+    monkeypatch.setattr(loop, "evaluate", lambda run: {**evaluate(run), "eval_loss": next(values)})
+    first = start(**options).output_dir
+    moved = start(**options, output_dir=str(tmp_path / "other"), resume=str(first / "checkpoint-3"))
+    assert json.loads((moved.output_dir / "best" / "best.json").read_text())["step"] == 4
 
 
 def test_a_best_metric_that_no_evaluation_gives_is_an_error_before_training(start: Make) -> None:
@@ -423,6 +500,16 @@ def test_other_settings_than_the_checkpoints_are_refused_by_name(
     assert message in str(raised.value)
 
 
+def test_a_model_with_other_weights_than_the_checkpoints_is_refused(start: Make, make_model: Make) -> None:
+    start(max_steps=3)
+    with pytest.raises(ResumeError, match=r"model \(was '28 weights, 28 of them trained', is '16 weights, 16"):
+        start(make_model(n_layer=1), resume=True)
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    with pytest.raises(ResumeError, match=r"model \(was '28 weights, 28 of them trained', is '32 weights, 4 of"):
+        start(peft.get_peft_model(make_model(), lora), resume=True)
+
+
 def test_resuming_without_a_checkpoint_is_an_error(start: Make, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="resume: there is no checkpoint in"):
         start(resume=True)
@@ -431,3 +518,20 @@ def test_resuming_without_a_checkpoint_is_an_error(start: Make, tmp_path: Path) 
         start(resume="latest")
     with pytest.raises(FileNotFoundError, match="is not a checkpoint folder"):
         start(resume=str(tmp_path / "run" / "checkpoint-3"))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    model = start(max_steps=1).output_dir / "model"
+    with pytest.raises(FileNotFoundError, match=r"model' is not a checkpoint folder \(it has no training_state.pt"):
+        start(resume=str(model))
+
+
+def test_an_output_folder_that_is_a_file_or_is_deleted_is_named(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match=r"output_dir must be a folder, or the name of a new one; .*is a file"):
+            start(output_dir=str(tmp_path / "file"), dry_run=dry_run)
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "draw", lambda *given: (shutil.rmtree(run), (run / "curves.png").write_bytes(b"")))
+    with pytest.raises(SaveError, match=r"curves.png could not be written: No such file .* MiB are free there"):
+        start(max_steps=1)

@@ -71,6 +71,9 @@ BAD = {
     "missing dataset": (["--dataset=none.jsonl"], "dataset: there is no file 'none.jsonl'"),
     "missing config": (["none.yaml"], "there is no config file 'none.yaml'"),
     "not a config": (["run.txt"], "the config file must end in .yaml, .yml, .json, got 'run.txt'"),
+    "missing reference": (["--reference_model=/none/such"], "reference_model: there is no folder '/none/such'"),
+    "reference cache a file": ([f"--reference_cache={__file__}"], "reference_cache must be a folder, or the name of a"),
+    "output a file": ([f"--output_dir={__file__}"], "output_dir must be a folder, or the name of a new one; "),
     "model without positions": (["--max_length=65"], "max_length=65 is beyond the model's 64 positions"),
 }
 
@@ -88,6 +91,17 @@ def test_bad_input_gives_one_line_and_exit_code_2(
     assert lines[-1] == errors[0]
     assert message in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_model_that_cannot_be_loaded_gives_one_line_and_exit_code_2(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for dry_run in ("true", "false"):
+        assert main(["train", *options, f"--reference_model={empty}", f"--dry_run={dry_run}"]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith(f"fastpref train: error: reference_model='{empty}': ")
 
 
 def test_an_unknown_key_in_a_file_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

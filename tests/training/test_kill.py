@@ -100,7 +100,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_and_the_run_goes_o
     message = (report["folder"] / f"{name}.error").read_text()
     assert "File too large" in message
     assert message.startswith(f"{run / 'checkpoint-3'} could not be written: ")
-    assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; make room and go on with resume")
+    assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; mend that and go on with resume")
     assert before["newest"] == 2
     assert before["hidden"] == []
     assert (report["folder"] / "undisturbed" / "checkpoint-24" / file).stat().st_size > LIMITS[name]

@@ -68,6 +68,35 @@ def test_the_prompt_stands_in_a_shared_row_once(tokenizer: Any, rows: Rows) -> N
     assert widths["padded"][0] == 8
 
 
+def test_pairs_without_a_prompt_make_the_same_run_in_every_layout(
+    make_config: Make, make_model: Make, tokenizer: Any, tmp_path: Any
+) -> None:
+    """Nor a BOS, so that nothing predicts a response's first token; some responses begin alike."""
+    rows = [{"prompt": "", "chosen": f"the sky {i}", "rejected": f"{'the' * (i % 2)}green{i}"} for i in range(5)]
+    found = []
+    for layout in ("padded", "packed", "shared"):
+        config = make_config(**SAME_STEPS, layout=layout, output_dir=str(tmp_path / layout))
+        found.append(weights(train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows).model))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
+
+
+def test_reentrant_checkpointing_of_the_callers_model_makes_the_same_run(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: Rows, tmp_path: Any
+) -> None:
+    """GPT-2 hands its mask to a layer by place, and what is checkpointed so is a copy of it."""
+    found = []
+    for reentrant in (True, False):
+        model = make_model()
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+            {"use_reentrant": reentrant}
+        )
+        model.enable_input_require_grads()
+        config = make_config(**SAME_STEPS, output_dir=str(tmp_path / str(reentrant)))
+        found.append(weights(train(config, model=model, tokenizer=tokenizer, train_dataset=rows).model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("logps", ["linear", "logits"])
 def test_both_paths_of_the_log_probs_read_several_sequences_from_a_row(
     logps: str, make_config: Make, make_model: Make, tokenizer: Any, rows: Rows, tmp_path: Any
@@ -110,6 +139,16 @@ def test_the_model_has_its_own_attention_again_after_the_run(
     result = train(make_config(max_steps=1), model=model, tokenizer=tokenizer, train_dataset=rows)
     assert result.model is model
     assert model.config._attn_implementation == before
+
+
+def test_the_model_has_its_own_attention_again_after_a_run_that_is_refused(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: Rows
+) -> None:
+    train(make_config(max_steps=1, save_every=1), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+    model = make_model()
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(make_config(), model=model, tokenizer=tokenizer, train_dataset=rows)
+    assert model.config._attn_implementation == make_model().config._attn_implementation
 
 
 @pytest.mark.parametrize(

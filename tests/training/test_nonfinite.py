@@ -31,7 +31,7 @@ def poisoned(make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]) -> tu
 
 
 SEED = 6
-SIZES = Sizes(tokens=(1,) * 13, longest=(1,) * 13, padded=False)
+SIZES = Sizes(tokens=(1,) * 13, longest=(1,) * 13, widths=None)
 PLAN = BatchPlan(pairs=13, per_step=4, batch_size=2, seed=SEED, sizes=SIZES)
 BAD_STEP = next(step for step in range(1, 5) if BAD_ROW in PLAN.step(step - 1))
 

@@ -308,10 +308,10 @@ def test_bfloat16_has_a_cache_of_its_own(
     """Where autocast does something, that is; elsewhere it is float32 and may be taken as such."""
     reference_of()
     seen.clear()
-    monkeypatch.setattr(reference, "multiplies_bf16_faster", lambda device: False)
+    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: False)
     reference_of(precision="bf16")
     assert seen == []
-    monkeypatch.setattr(reference, "multiplies_bf16_faster", lambda device: True)
+    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: True)
     reference_of(precision="bf16")
     assert len(rows_of(seen)) == 13
     assert "with precision=fp32 (not bf16)" in said(capsys)[0]
@@ -511,7 +511,8 @@ def test_a_reference_model_that_does_not_fit_is_refused_by_name(
     assert "the model 100" in message("small")
     assert "max_length=64 is beyond the model's 32 positions" in message("short")
     assert "another vocabulary than the run's tokenizer ('a' is" in message("foreign")
-    for name in ("small", "short", "foreign", "none"):
+    assert message("none") == f"reference_model: there is no folder {str(tmp_path / 'none')!r}"
+    for name in ("small", "short", "foreign"):
         assert message(name).startswith(f"reference_model={str(tmp_path / name)!r}: ")
 
 

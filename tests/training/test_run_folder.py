@@ -88,6 +88,29 @@ def test_a_resumed_run_keeps_the_options_of_its_start_and_notes_what_has_changed
     assert note["environment"] == {}
 
 
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_description_is_written_anew(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]], text: str
+) -> None:
+    options: dict[str, Any] = {"save_every": 2, "schedule": "constant"}
+    folder = train(make_config(**options), model=make_model(), tokenizer=tokenizer, train_dataset=rows).output_dir
+    (folder / "config.json").write_text(text)
+    again = make_config(**options, max_steps=5, resume=True)
+    train(again, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+    assert read(folder / "config.json")["max_steps"] == 5
+
+
+def test_the_listing_does_not_claim_the_best_model_of_an_earlier_run(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    for save_best in (True, False):
+        config = make_config(max_steps=1, save_best=save_best)
+        folder = train(
+            config, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows[:2]
+        ).output_dir
+        assert ("the best evaluation" in (folder / "README.md").read_text()) == save_best
+
+
 def test_curves_are_drawn_during_the_run_when_it_is_time_and_not_at_every_step(
     make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

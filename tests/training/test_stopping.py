@@ -16,7 +16,7 @@ import torch
 from fastpref.cli import main
 from fastpref.training import loop, reference, train
 from fastpref.training.checkpoints import checkpoint_folders
-from fastpref.training.stopping import StopSignals
+from fastpref.training.stopping import Stopped, StopSignals, how_to_go_on
 
 Make = Callable[..., Any]
 TIMED = ("tokens_per_second", "peak_memory")
@@ -143,6 +143,19 @@ def test_the_command_says_how_to_go_on_and_exits_as_a_stopped_one_does(
     assert captured.err.splitlines()[-1] == said
     assert "trained" not in captured.out
     assert main([*command, "--resume"]) == 0
+
+
+def test_a_run_stopped_before_its_first_checkpoint_here_names_none(tmp_path: Path) -> None:
+    said = "stopped by SIGTERM before the first step: the same command starts again"
+    assert how_to_go_on("SIGTERM", 0, tmp_path) == said
+    assert how_to_go_on("SIGTERM", 5, tmp_path) == said  # resumed from another folder's checkpoint-5
+
+
+def test_a_signal_just_before_what_it_may_break_off_breaks_it_off_too() -> None:
+    with StopSignals(SimpleNamespace(is_main_process=True, num_processes=1)) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), signals.at_once():
+            pytest.fail("it began")
 
 
 def test_in_another_thread_a_run_leaves_the_handlers_alone(start: Make) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastpref
 from fastpref.losses import LOSSES, get_loss
@@ -19,7 +20,8 @@ from fastpref.training.advice import falling_chosen_reward
 from fastpref.training.collate import Layout, collate
 from fastpref.training.console import Console
 from fastpref.training.data import tokenize_rows
-from fastpref.training.prepare import _with_defaults
+from fastpref.training.optimizer import make_optimizer, make_schedule
+from fastpref.training.prepare import _with_defaults, prepare
 
 Make = Callable[..., Any]
 TRAIN_NAMES = {
@@ -254,6 +256,37 @@ def test_bf16_keeps_float32_weights_and_starts_near_ln_2(
     assert result.history[1]["loss"] < result.history[0]["loss"]
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_bf16_that_this_cpu_only_emulates_is_left_out_everywhere_and_a_line_says_so(
+    faster: bool,
+    make_config: Make,
+    make_model: Make,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Reference, steps, evaluation and samples."""
+    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: faster)
+    seen: set[bool] = set()
+    model = make_model()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    config = make_config(precision="bf16", layout="padded", max_steps=1, sample_prompts=1, max_new_tokens=2)
+    train(config, model=model, tokenizer=tokenizer, train_dataset=rows[:4], eval_dataset=rows[4:6])
+    assert seen == {faster}
+    assert ("precision=bf16 would be slower on this CPU" in capsys.readouterr().err) is not faster
+
+
+def test_samples_answer_the_first_prompts_that_there_are(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    held_out = [{"prompt": "", "chosen": "blue sky", "rejected": "green sky"}, *rows[:3]]
+    config = make_config(max_steps=1, sample_prompts=2, max_new_tokens=2)
+    result = train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=held_out)
+    samples = [json.loads(line) for line in (result.output_dir / "samples.jsonl").read_text().splitlines()]
+    assert [sample["row"] for sample in samples] == [1, 2]
+
+
 def test_the_run_folder_holds_curves_events_and_a_model_that_loads(
     make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,3 +449,32 @@ def test_a_bad_option_is_refused_when_the_config_is_made(
     with pytest.raises(error) as raised:
         TrainConfig(**options)
     assert message in str(raised.value)
+
+
+def test_shares_of_steps_are_not_rounded_up_by_a_product_in_floating_point(
+    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    """0.07 · 100 and 1.1 · 10 are a little more than 7 and 11."""
+    config = make_config(batch_size=1, max_steps=None, epochs=1.1, schedule="linear")
+    assert prepare(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows[:10]).steps == 11
+    config = make_config(batch_size=1, max_steps=100, warmup_ratio=0.07)
+    run = prepare(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+    schedule = make_schedule(make_optimizer(run), run)
+    for _ in range(7):
+        schedule.optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr()[0] == config.learning_rate
+
+
+def test_a_routers_auxiliary_loss_is_turned_off_with_a_line(
+    make_config: Make, tokenizer: Any, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True}
+    config = AutoConfig.for_model("mixtral", **shape, **more, vocab_size=302)
+    model = AutoModelForCausalLM.from_config(config)
+    result = train(make_config(max_steps=1), model=model, tokenizer=tokenizer, train_dataset=rows)
+    said = capsys.readouterr().err
+    assert "output_router_logits is set to False" in said
+    assert "is not possible" not in said  # shared rows
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
