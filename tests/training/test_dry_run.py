@@ -20,7 +20,7 @@ from fastpref.training.dry_run import DryRun
 from fastpref.training.forward import batch_logps
 from fastpref.training.memory_plan import plan_memory
 from fastpref.training.prepare import prepare
-from fastpref.training.show_pair import piece, show_pair
+from fastpref.training.show_pair import CONTINUED, piece, pieces, show_pair
 
 Make = Callable[..., Any]
 
@@ -326,3 +326,13 @@ def test_a_real_step_takes_the_head_memory_that_was_counted_for_the_same_rows(
         patch.setattr("fastpref.linear.tokens.plan_tokens", spy)
         batch_logps(run.model, run.collate(run.pairs), config, reduction="sum")
     assert foretold in made
+
+
+def test_a_character_of_several_tokens_is_shown_as_itself(tokenizer: Any) -> None:
+    """Bytes are this tokenizer's tokens for Chinese and for emoji: their names would tell nobody anything."""
+    ids = tokenizer("a 好😊")["input_ids"]
+    shown = pieces(tokenizer, ids)
+    assert len(shown) == len(ids)
+    assert [text for text in shown if text != CONTINUED][-2:] == ["好", "😊"]
+    assert shown.count(CONTINUED) == 2 + 3
+    assert pieces(tokenizer, ids[:-1])[-3:] == [piece(tokenizer, token) for token in ids[-4:-1]]
