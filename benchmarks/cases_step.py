@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .cases import VOCABS
+
+# Beyond every length that is tried: rotary embeddings take no memory for it.
+POSITIONS = 2**22
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,24 @@ class ModelShape:
     head_dim: int
     vocab: int
     tied: bool = False
+
+    def config(self, **tokens: int | None) -> Any:
+        """The config of transformers; `tokens` are bos_token_id, eos_token_id and pad_token_id."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.kind,
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=POSITIONS,
+            **tokens,
+        )
 
     @property
     def layer_weights(self) -> int:

@@ -15,33 +15,16 @@ from .cases_step import StepCase
 from .measure import relative_error
 from .providers.base import BETA
 
-# Beyond every length that is tried: rotary embeddings take no memory for it.
-POSITIONS = 2**22
-
 
 def build_model(case: StepCase, device: str) -> Any:
     """The case's causal LM in training mode; the same random weights at every call on the same device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     shape = case.shape
     if case.frozen and shape.tied:
         raise ValueError(f"case {case.name}: the head of {case.model} is tied to its embedding and cannot be frozen")
-    config = AutoConfig.for_model(
-        shape.kind,
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=POSITIONS,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = shape.config(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config.use_cache = False
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[case.dtype], attn_implementation="sdpa")

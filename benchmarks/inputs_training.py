@@ -33,26 +33,10 @@ def write_inputs(case: TrainingCase, folder: Path, data: Path) -> None:
 
 def _write_initial(case: TrainingCase, folder: Path, tokenizer: Any) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from .inputs_step import POSITIONS  # which imports the providers, and they this file
-
-    shape = case.shape
-    config = AutoConfig.for_model(
-        shape.kind,
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    eos = tokenizer.eos_token_id
+    config = case.shape.config(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos)
     torch.manual_seed(SEED)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,26 +31,21 @@ def environment(device: str, device_class: str, copy_gb_per_s: float) -> File:
     """The head of a file; `complete` becomes true when the run ends by itself."""
     import torch
 
+    from fastpref.environment import commit, package_version
+
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "device": _device_name(device),
         "device_class": device_class,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "copy_gb_per_s": copy_gb_per_s,
         "complete": False,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device_name(device: str) -> str:
@@ -60,24 +53,9 @@ def _device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    names = []
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
+    from fastpref.environment import processor
 
-
-def _commit() -> str | None:
-    """The commit, with "+" where files differ from it; None outside a repository or without git."""
-    root = Path(__file__).parent
-    try:
-        commit, changed = (
-            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
+    return processor()
 
 
 def write(path: Path, head: File, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:

@@ -194,7 +194,7 @@ def test_a_lora_run_trains_the_adapter_alone_saves_it_and_says_how_to_merge_it(
     config = make_config(model=str(base), lora_rank=4, learning_rate=None, max_steps=3, gradient_checkpointing=True)
     result = train(config, tokenizer=tokenizer, train_dataset=rows)
     lines = " ".join(capsys.readouterr().err.split())
-    assert f"adapters bear more than whole weights: learning_rate={LORA_LEARNING_RATE:g}" in lines
+    assert f"adapters bear more than weights do: learning_rate={LORA_LEARNING_RATE:g}" in lines
     assert LORA_LEARNING_RATE > LEARNING_RATE
     assert f"holds the adapter alone, that of {base}; to merge it" in lines
     assert not list((result.output_dir / "model").glob("model*.safetensors"))
