@@ -35,6 +35,7 @@ def pack_pairs(
     rejected: Sequence[tuple[ArrayLike, int]],
     *,
     share_prefix: bool = True,
+    repeat_last: bool = False,
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> PackedRow:
@@ -47,6 +48,8 @@ def pack_pairs(
     Args:
         chosen, rejected: for each pair the token ids of prompt and response, (length,), and the index of the first
             token that is scored, at least 1: nothing predicts a sequence's first token.
+        repeat_last: let the last shared token stand in both sequences, so that no position predicts two tokens: what
+            reads logits where they lie needs that.
         attention: "sdpa" or "flex", as the model was set.
 
     Raises:
@@ -67,7 +70,7 @@ def pack_pairs(
     for index, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
         first, first_start = _sequence(f"chosen[{index}]", one)
         second, second_start = _sequence(f"rejected[{index}]", other)
-        common = shared_length(first, second) if share_prefix else 0
+        common = max(shared_length(first, second) - repeat_last, 0) if share_prefix else 0
         begin, middle = length, length + len(first)
         length = middle + len(second) - common
         ids += [first, second[common:]]

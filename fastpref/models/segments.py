@@ -40,7 +40,9 @@ class Segment(NamedTuple):
 
 def segment_mask(segments: Sequence[Segment], device: torch.device | str = "cpu") -> Tensor:  # (1, 1, K, 4) int64
     """What a model set to `NAME` takes as attention_mask."""
-    mask = torch.tensor([list(segment) for segment in segments], dtype=torch.int64)[None, None].to(device)
+    # Without non_blocking the host would wait for all that a GPU has queued.
+    values = torch.tensor([list(segment) for segment in segments], dtype=torch.int64)
+    mask = values[None, None].to(device, non_blocking=True)
     mask.segments = tuple(segments)  # type: ignore[attr-defined]  # on the host, where they are needed
     return mask
 
@@ -50,9 +52,10 @@ def block_mask(segments: Sequence[Segment], device: torch.device | str = "cpu") 
     from torch.nn.attention.flex_attention import create_block_mask
 
     lengths = torch.tensor([segment.end - segment.start for segment in segments])
-    of_token = torch.repeat_interleave(torch.arange(len(segments)), lengths).to(device)
-    begin = torch.tensor([segment.prefix_start for segment in segments]).to(device)[of_token]
-    end = torch.tensor([segment.prefix_end for segment in segments]).to(device)[of_token]
+    segment_of = torch.repeat_interleave(torch.arange(len(segments)), lengths)
+    begin = torch.tensor([segment.prefix_start for segment in segments])[segment_of].to(device, non_blocking=True)
+    end = torch.tensor([segment.prefix_end for segment in segments])[segment_of].to(device, non_blocking=True)
+    of_token = segment_of.to(device, non_blocking=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (of_token[query] == of_token[key]) & (key <= query)

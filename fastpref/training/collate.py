@@ -25,6 +25,7 @@ class Layout:
     max_length: int
     device: torch.device | str = "cpu"
     attention: str = "sdpa"
+    repeat_last: bool = False  # of a shared prefix, in both sequences
 
     def width(self, longest: int) -> int:
         """Of rows that hold a sequence each: rounded up to a multiple of 8, but never beyond `max_length`."""
@@ -33,7 +34,7 @@ class Layout:
     def tokens(self, pair: Pair) -> int:
         """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
         together = len(pair.chosen.ids) + len(pair.rejected.ids)
-        return together - pair.shared if self.name == "shared" else together
+        return together - max(pair.shared - self.repeat_last, 0) if self.name == "shared" else together
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
             [_scored(pair.chosen) for pair in pairs],
             [_scored(pair.rejected) for pair in pairs],
             share_prefix=layout.name == "shared",
+            repeat_last=layout.repeat_last,
             attention=layout.attention,
             device=layout.device,
         )

@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastpref.logps import sequence_logps
+from fastpref.logps import sequence_logps, token_logps
 from fastpref.losses import LossSpec
 from fastpref.models import model_logps
-from fastpref.training.collate import Batch
+from fastpref.ops import sequence_reduce_op
+from fastpref.training.collate import IGNORE, Batch
 from fastpref.training.config import TrainConfig
 
 
@@ -39,9 +40,13 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
 def _of_logits(logits: Tensor, batch: Batch, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
     if batch.scored is None:
         return sequence_logps(logits, cast(Tensor, batch.labels), reduction=reduction)
+    # Where they lie: of (T, V) logits no row is copied. What two sequences share is scored once, and counts for both.
     source, labels, cu_seqlens = batch.scored
-    rows = logits.flatten(0, 1).index_select(0, source)
-    return sequence_logps(rows, labels, cu_seqlens=cu_seqlens, shift=False, reduction=reduction)
+    aligned = torch.full(logits.shape[:2], IGNORE, device=logits.device)
+    aligned.view(-1)[source] = labels
+    tokens = token_logps(logits, aligned, shift=False).view(-1).index_select(0, source)
+    values, _ = sequence_reduce_op(tokens[None], labels[None], None, cu_seqlens, 0, IGNORE, reduction == "mean")
+    return values
 
 
 def autocasts(config: TrainConfig, device: torch.device) -> bool:

@@ -30,4 +30,4 @@ def settle_layout(
         else:
             say(f"layout={name} is not possible: {reason}. Rows are padded (layout=padded)")
             name = "padded"
-    return Layout(name, pad_id, max_length, device, config.attention)
+    return Layout(name, pad_id, max_length, device, config.attention, repeat_last=config.logps == "logits")

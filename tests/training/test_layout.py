@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.training import TrainConfig, train
+from fastpref.logps import token_logps
+from fastpref.models import set_attention
+from fastpref.training import TrainConfig, forward, train
 from fastpref.training.collate import Layout, collate
 from fastpref.training.data import tokenize_rows
 
@@ -166,3 +168,30 @@ def test_options_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         train(TrainConfig(**options), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_logits_of_a_row_of_several_sequences_are_read_where_they_lie(
+    layout: str, make_config: Make, make_model: Make, tokenizer: Any, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of (T, V), and no position that would have to predict two tokens."""
+    model, made, read = make_model().eval(), [], []
+    model.register_forward_hook(lambda module, inputs, outputs: made.append(outputs.logits))
+
+    def spy(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        read.append(logits)
+        return token_logps(logits, labels, **options)
+
+    monkeypatch.setattr(forward, "token_logps", spy)
+    pairs = tokenize_rows(rows, tokenizer, max_length=64).pairs
+    set_attention(model)
+    batch = collate(pairs, Layout(layout, 0, 64, repeat_last=True))
+    assert batch.scored is not None
+    found = forward.batch_logps(model, batch, make_config(logps="logits"), reduction="sum")
+    assert read[0] is made[0]
+    predicted = set(zip(batch.scored.source.tolist(), batch.scored.labels.tolist(), strict=True))
+    assert len(predicted) == len(set(batch.scored.source.tolist()))
+    linear = collate(pairs, Layout(layout, 0, 64))
+    expected = forward.batch_logps(model, linear, make_config(), reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert batch.inputs["input_ids"].shape[1] == sum(Layout(layout, 0, 64, repeat_last=True).tokens(p) for p in pairs)
