@@ -53,6 +53,12 @@ def check_number(
     return number
 
 
+def refuse_capture(what: str, advice: str) -> None:
+    """Raises while a CUDA graph is captured: it records kernels, and nothing that the host decides by what it reads."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what}, which a CUDA graph cannot record: {advice}")
+
+
 def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")

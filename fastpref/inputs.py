@@ -6,12 +6,32 @@ where a sequence begins.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpref.backend import validate_labels
-from fastpref.checks import check_bool, check_number, check_tensor, describe
+from fastpref.checks import check_bool, check_number, check_tensor, describe, refuse_capture
+
+
+class LogitsBatch(NamedTuple):
+    """What `token_logps` was asked for: arguments checked and in one form."""
+
+    logits: Tensor  # (B, T, V), or this rank's (B, T, V_r)
+    labels: Tensor  # (B, T)
+    mask: Tensor | None  # (B, T) bool
+    shift: int
+    ignore_index: int
+    options: list[float]  # temperature, logit_scale, softcap (0: none)
+    inplace_backward: bool = False
+    extras: tuple[str, ...] = ()
+    entropy_grad: bool = False
+
+    def row_labels(self) -> Tensor:  # (B, T)
+        """Labels where the rows stand that predict them; a last row that predicts nothing has any label."""
+        return self.labels.roll(-self.shift, 1)
 
 
 def check_options(
@@ -55,9 +75,15 @@ def check_batch(
             raise ValueError(f"mask must have the shape {tuple(labels.shape)} of labels, got {describe(mask)}")
     _check_cu_seqlens(name, width, x, cu_seqlens, shift)
     for other, value in (("labels", labels), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{other} must be no DTensor: pass {other}.to_local() where this rank has what the call needs, else "
+                f"{other}.full_tensor()"
+            )
         if value is not None and value.device != x.device:
             raise ValueError(f"{other} is on {value.device}, {name} are on {x.device}; move one of them")
     refuse_forward_mode(x)
+    refuse_function_transforms()
 
 
 def as_batch(
@@ -66,6 +92,8 @@ def as_batch(
     """Rows (B, T, W), labels (B, T) and a boolean mask or None; packed input is one row, masked at its borders."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask != 0
+    if labels.dtype not in (torch.int32, torch.int64):
+        labels = labels.long()  # in 8 bits −100 is 156, and a vocabulary's size wraps too
     if x.dim() == 2:
         x, labels = x.unsqueeze(0), labels.unsqueeze(0)
         mask = None if mask is None else mask.unsqueeze(0)
@@ -85,6 +113,7 @@ def check_reduction_input(name: str, x: Tensor, cu_seqlens: Tensor | None) -> No
 
 def refuse_empty(lengths: Tensor) -> None:
     """Raises for sequences without a scored token (`on_empty="raise"`). Makes a GPU wait."""
+    refuse_capture("on_empty='raise' looks at how many tokens are scored", "use on_empty='zero' in captured code")
     if (lengths == 0).any():
         empty = (lengths == 0).nonzero().flatten().tolist()
         raise ValueError(
@@ -102,6 +131,17 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
                 "fastpref's log-probs have no forward-mode derivative; use reverse mode, or "
                 "fastpref.reference.token_logps"
             )
+
+
+def refuse_function_transforms() -> None:
+    """Inside torch.func.grad, vmap and the like, which see neither into an operator nor into an autograd function."""
+    # No public function tells; autograd.Function.apply asks this one.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fastpref's log-probs do not go through torch.func's transforms (grad, vjp, vmap, jacrev, ...): use "
+            "torch.autograd.grad or backward(), and one batch instead of vmap; fastpref.reference goes through them "
+            "(torch.func.functional_call is no transform, and works)"
+        )
 
 
 def _check_cu_seqlens(name: str, width: str, x: Tensor, cu_seqlens: Tensor | None, shift: bool) -> None:

@@ -5,12 +5,20 @@ inputs.py checks arguments and brings padded and packed input to one form; ops.p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_bool, check_choice, describe
-from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_empty
-from fastpref.ops import sequence_reduce_op, token_logps_op
+from fastpref.checks import check_bool, check_choice, check_tensor, describe
+from fastpref.extras import TokenExtras, check_extras
+from fastpref.inputs import LogitsBatch, as_batch, check_batch, check_options, check_reduction_input, refuse_empty
+from fastpref.ops import sequence_reduce_op, token_extras_op, token_logps_op
+from fastpref.parallel.context import ContextCall, check_layout, over_context, size_of
+from fastpref.parallel.vocab import VocabShards
+from fastpref.token_values import TokenValues, sums_for
+from fastpref.vocab_logps import agree_on_vocabulary, local_logits, refuse_dtensor, sharded_token_values
 
 
 def token_logps(
@@ -25,7 +33,10 @@ def token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
-) -> Tensor:  # the shape of labels, float32
+    extras: Sequence[str] = (),
+    entropy_grad: bool = False,
+    vocab_group: Any = None,
+) -> Any:  # float32, the shape of labels; with extras a tuple of it and TokenExtras
     """The log-probability of each label under its position's logits.
 
     .. warning:: **shift.** With `shift=True` (the default) labels come as a causal LM gets them: position t of `logits`
@@ -48,23 +59,44 @@ def token_logps(
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. For logits that nothing
             else reads afterwards. A second backward raises. torch.compile, which plans memory itself, raises with
             `fullgraph=True` and otherwise breaks the graph here.
+        extras: what else to make of the same read of the logits: names from "entropy", "mean_logits", "is_top1",
+            "log_sum_sq_probs" (see `TokenExtras`). They carry no gradient.
+        entropy_grad: except the entropy's, with this: for an entropy bonus in the loss. The gradient is still written
+            once.
+        vocab_group: a process group over whose ranks the vocabulary is split, in rank order: logits (B, T, V_r), V_r
+            free (also 0), or a DTensor sharded on its last dimension over that group; labels of the whole vocabulary,
+            the same on all ranks. Values are the same bits on all ranks. Every rank must make the call, which makes the
+            hosts wait for each other once; backward communicates nothing. torch.compile raises.
 
     Returns:
-        float32, the shape of `labels`; 0 where a label is not scored. Rows that are not scored are not read: NaN or
-        infinity there reaches neither values nor gradient. Deterministic, value and gradient.
+        float32, the shape of `labels`; with `extras` also a `TokenExtras` whose elements have that shape. 0 where a
+        label is not scored. Rows that are not scored are not read: NaN or infinity there reaches neither values nor
+        gradient. Deterministic, value and gradient.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit. A scored label outside [0, V) raises
             on a CPU; on a GPU, where looking would make the host wait, it gives NaN, or raises with
             `FASTPREF_VALIDATE=1`.
-        RuntimeError: second derivatives and forward-mode differentiation, in backward and forward respectively.
+        RuntimeError: second derivatives and forward-mode differentiation, in backward and forward respectively; the
+            transforms of torch.func (functional_call is none, and works).
+
+    There is no context_group as `sequence_logps` has one: where sequences are split over ranks, each part's own call
+    with `shift=False` and labels that were aligned before the split is complete.
+
+    On a GPU with Triton nothing here makes the host wait, so that a step can be captured as a CUDA graph (without
+    `FASTPREF_VALIDATE`, groups and `on_empty="raise"`; those refuse).
     """
-    check_bool("inplace_backward", inplace_backward)
-    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
-    check_batch("logits", "V", logits, labels, mask, cu_seqlens, shift)
-    _check_logits(logits, inplace_backward)
-    rows, flat_labels, flat_mask = as_batch(logits, labels, mask, cu_seqlens, shift)
-    return _token_logps(rows, flat_labels, flat_mask, shift, ignore_index, options, inplace_backward).view(labels.shape)
+
+    def prepare() -> LogitsBatch:
+        return _prepare(
+            logits, labels, mask, shift, cu_seqlens, ignore_index, (temperature, logit_scale, softcap),
+            inplace_backward, extras, entropy_grad, vocab_group,
+        )  # fmt: skip
+
+    batch, shards = _agreed("token_logps", vocab_group, prepare, cu_seqlens)
+    values = _token_values(batch, shards)
+    logps = values.logps.view(labels.shape)
+    return (logps, _named(values, batch.extras, labels.shape)) if batch.extras else logps
 
 
 def sequence_logps(
@@ -82,12 +114,18 @@ def sequence_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # (B,) float32, and with return_lengths (B,) int64
+    extras: Sequence[str] = (),
+    entropy_grad: bool = False,
+    vocab_group: Any = None,
+    context_group: Any = None,
+    context_layout: str = "contiguous",
+) -> Any:  # (B,) float32; with return_lengths a tuple with (B,) int64 and with extras one that ends with TokenExtras
     """The log-probability of each sequence's scored tokens: what DPO and its family need of a model.
 
     .. warning:: **shift.** `shift=True` (the default) takes labels as a causal LM gets them and shifts them itself;
        pass `shift=False` for logits and labels that are aligned already. See `token_logps`, which also explains `mask`,
-       `ignore_index`, `temperature`, `logit_scale`, `softcap` and `inplace_backward`.
+       `ignore_index`, `temperature`, `logit_scale`, `softcap`, `inplace_backward`, `extras` (a value a token, here
+       too), `entropy_grad` and `vocab_group`.
 
     Args:
         logits, labels: (B, T, V) and (B, T); or packed, (N_total, V) and (N_total,) with `cu_seqlens`.
@@ -97,53 +135,129 @@ def sequence_logps(
         on_empty: a sequence with nothing to score has value 0 and gradient 0 ("zero"), or raises ("raise", which makes
             the host wait for the GPU, and cannot be traced by torch.compile).
         return_lengths: also return how many tokens were scored.
+        context_group: a process group over whose ranks sequences are split on T, in rank order: logits (B, T_r, V),
+            labels and mask (B, T_r), T_r free (also 0); packed, (N_r, V) with `cu_seqlens` of the whole row. Values and
+            lengths are the whole sequences', the same bits on all ranks; with `shift=True` the label that a part's last
+            position predicts is fetched from the next part. Every rank must make the call. In backward nothing is
+            exchanged: each rank has the same loss and the gradient of its own part of it, so the gradients of
+            parameters are to be summed over the group (for DDP or FSDP, which average, multiply the loss by its size).
+        context_layout: "contiguous"; or "zigzag", where rank i of n holds chunks i and 2n − 1 − i of 2n equal ones.
 
     Returns:
-        (B,) float32, or with `return_lengths` also (B,) int64. Deterministic; a sequence's value does not depend on the
+        (B,) float32; with `return_lengths` also (B,) int64 and with `extras` also a `TokenExtras`, a tuple in that
+        order. Deterministic; a sequence's value does not depend on the
         other sequences or on padding.
 
     Raises:
         As `token_logps`; and ValueError for an empty sequence with `on_empty="raise"`.
     """
-    check_choice("reduction", reduction, ("sum", "mean"))
-    check_choice("on_empty", on_empty, ("zero", "raise"))
-    check_bool("return_lengths", return_lengths)
-    check_bool("inplace_backward", inplace_backward)
-    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
-    check_batch("logits", "V", logits, labels, mask, cu_seqlens, shift)
-    _check_logits(logits, inplace_backward)
-    rows, flat_labels, flat_mask = as_batch(logits, labels, mask, cu_seqlens, shift)
-    check_reduction_input("logits", logits, cu_seqlens)
-    tokens = _token_logps(rows, flat_labels, flat_mask, shift, ignore_index, options, inplace_backward)
+    check_layout(context_group, context_layout)
+    if context_group is not None:
+        call = ContextCall(
+            "sequence_logps", context_group, context_layout, vocab_group,
+            None if vocab_group is not None else size_of(logits, -1), reduction, on_empty, return_lengths,
+            shift, ignore_index, extras, (temperature, logit_scale, softcap),
+        )  # fmt: skip
+        return over_context(
+            call,
+            lambda aligned: token_logps(
+                logits, aligned, shift=False, ignore_index=ignore_index, temperature=temperature,
+                logit_scale=logit_scale, softcap=softcap, inplace_backward=inplace_backward, extras=extras,
+                entropy_grad=entropy_grad, vocab_group=vocab_group,
+            ),
+            "logits", logits, labels, mask, cu_seqlens,
+        )  # fmt: skip
+
+    def prepare() -> LogitsBatch:
+        check_choice("reduction", reduction, ("sum", "mean"))
+        check_choice("on_empty", on_empty, ("zero", "raise"))
+        check_bool("return_lengths", return_lengths)
+        batch = _prepare(
+            logits, labels, mask, shift, cu_seqlens, ignore_index, (temperature, logit_scale, softcap),
+            inplace_backward, extras, entropy_grad, vocab_group,
+        )  # fmt: skip
+        check_reduction_input("logits", logits, cu_seqlens)
+        return batch
+
+    named = f"sequence_logps(reduction={reduction!r}, on_empty={on_empty!r})"
+    batch, shards = _agreed(named, vocab_group, prepare, cu_seqlens)
+    tokens = _token_values(batch, shards)
     values, lengths = sequence_reduce_op(
-        tokens, flat_labels, flat_mask, cu_seqlens, int(shift), ignore_index, reduction == "mean"
+        tokens.logps, batch.labels, batch.mask, cu_seqlens, batch.shift, ignore_index, reduction == "mean"
     )
     if on_empty == "raise":
         refuse_empty(lengths)
-    return (values, lengths) if return_lengths else values
+    found = [values, *[lengths] * return_lengths]
+    if batch.extras:
+        return (*found, _named(tokens, batch.extras, labels.shape))
+    return tuple(found) if return_lengths else values
 
 
-def _token_logps(
-    logits: Tensor,  # (B, T, V)
-    labels: Tensor,  # (B, T)
+def _prepare(
+    logits: Tensor,
+    labels: Tensor,
     mask: Tensor | None,
     shift: bool,
+    cu_seqlens: Tensor | None,
     ignore_index: int,
-    options: list[float],
+    transform: tuple[float, float, float | None],  # temperature, logit_scale, softcap
     inplace_backward: bool,
-) -> Tensor:  # (B, T) float32
+    extras: Sequence[str],
+    entropy_grad: bool,
+    vocab_group: Any,
+) -> LogitsBatch:
+    """All checks of the arguments, and the one form of padded and packed input."""
+    check_bool("inplace_backward", inplace_backward)
+    names = check_extras(extras, entropy_grad)
+    options = check_options(*transform, ignore_index, shift)
+    check_tensor("logits", logits, floating=True)
+    if vocab_group is None:
+        refuse_dtensor(logits)
+    else:
+        logits = local_logits(logits, vocab_group)
+    check_batch("logits", "V", logits, labels, mask, cu_seqlens, shift)
+    _check_logits(logits, inplace_backward, sharded=vocab_group is not None)
+    rows, flat_labels, flat_mask = as_batch(logits, labels, mask, cu_seqlens, shift)
+    return LogitsBatch(
+        rows, flat_labels, flat_mask, int(shift), ignore_index, options, inplace_backward, names, entropy_grad
+    )
+
+
+def _agreed(
+    call: str, vocab_group: Any, prepare: Callable[[], LogitsBatch], cu_seqlens: Tensor | None
+) -> tuple[LogitsBatch, VocabShards | None]:
+    if vocab_group is None:
+        return prepare(), None
+    if torch.compiler.is_compiling():
+        raise RuntimeError("vocab_group does not go through torch.compile: call outside of compiled code")
+    return agree_on_vocabulary(call, vocab_group, prepare, cu_seqlens)
+
+
+def _token_values(batch: LogitsBatch, shards: VocabShards | None) -> TokenValues:  # each (B, T)
+    if shards is not None:
+        values = sharded_token_values(batch, shards)
+        return values._replace(logps=values.logps.float())
     # Raised here, beside the operator: without fullgraph torch.compile leaves the function that raises uncompiled.
-    if inplace_backward and torch.compiler.is_compiling():
+    if batch.inplace_backward and torch.compiler.is_compiling():
         raise RuntimeError(
             "inplace_backward=True does not go through torch.compile, which plans memory itself: "
             "use inplace_backward=False in compiled code"
         )
-    logps, _, _ = token_logps_op(logits, labels, mask, int(shift), ignore_index, options, inplace_backward)
-    return logps.float()
+    arguments = batch[:7]
+    if not batch.extras:
+        logps, _, _ = token_logps_op(*arguments)
+        return TokenValues(logps.float(), *[logps] * 4)
+    logps, *others, _, _ = token_extras_op(*arguments, sums_for(batch.extras), batch.entropy_grad)
+    return TokenValues(logps.float(), *others)
 
 
-def _check_logits(logits: Tensor, inplace_backward: bool) -> None:
-    if logits.shape[-1] == 0:
+def _named(values: TokenValues, extras: tuple[str, ...], shape: torch.Size) -> TokenExtras:
+    found = {name: getattr(values, name).view(shape) for name in extras}
+    return TokenExtras(**{name: x if x.dtype == torch.bool else x.float() for name, x in found.items()})
+
+
+def _check_logits(logits: Tensor, inplace_backward: bool, sharded: bool) -> None:
+    if logits.shape[-1] == 0 and not sharded:
         raise ValueError(f"logits must have a vocabulary of at least one entry, got {describe(logits)}")
     if logits.shape[-1] > 1 and logits.numel() and logits.stride(-1) != 1:
         raise ValueError(

@@ -1,6 +1,7 @@
 """The torch operators under `token_logps` and `sequence_logps`: dispatch, shapes for torch.compile, autograd.
 
     fastpref::token_logps            (B, T, V) logits -> (B, T) log-probs, and each row's maximum and sum
+    fastpref::token_extras           the same with entropy and other outputs
     fastpref::token_logps_backward   the gradient of the logits in new memory
     fastpref::token_logps_backward_  the same in the logits' own memory
     fastpref::sequence_reduce        (B, T) log-probs -> sum or mean a sequence, and how many were scored
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from fastpref import tiled
 from fastpref.backend import use_triton, validate_labels
+from fastpref.parallel.vocab import RowStatistics
 from fastpref.tiled import Transform
+from fastpref.token_values import token_values, with_wrong_labels
 
 
 def _runs_triton(x: Tensor) -> bool:
@@ -52,6 +55,61 @@ def _(logits, labels, mask, shift, ignore_index, transform, inplace_backward):
     return tuple(logits.new_empty(logits.shape[:2], dtype=dtype) for _ in range(3))
 
 
+@torch.library.custom_op("fastpref::token_extras", mutates_args=())
+def token_extras_op(
+    logits: Tensor,  # (B, T, V)
+    labels: Tensor,  # (B, T)
+    mask: Tensor | None,  # (B, T) bool
+    shift: int,
+    ignore_index: int,
+    transform: Sequence[float],
+    inplace_backward: bool,
+    sums: Sequence[bool],  # weighted, squares, sum_z
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # token_values.TokenValues, row_max, row_sum
+    scored = tiled.scored_labels(labels, mask, ignore_index, shift)
+    if not _runs_triton(logits) or validate_labels() or not logits.is_cuda:
+        tiled.check_labels_in_range(labels, scored, shift, logits.shape[2])
+    rows = row_statistics(logits, labels, mask, shift, ignore_index, transform, sums)
+    if logits.is_cuda:
+        wrong = torch.zeros_like(rows.maximum, dtype=torch.bool)
+        wrong[:, : scored.shape[1]] = scored & ((labels < 0) | (labels >= logits.shape[2]))[:, shift:]
+        rows = with_wrong_labels(rows, wrong)
+    return (*token_values(rows, scored, shift, logits.shape[2]), rows.maximum, rows.total)
+
+
+@token_extras_op.register_fake
+def _(logits, labels, mask, shift, ignore_index, transform, inplace_backward, sums, entropy_grad):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def empty(present=True):
+        return logits.new_empty(logits.shape[:2] if present else 0, dtype=dtype)
+
+    entropy, squares, mean = (empty(present) for present in sums)
+    is_top1 = logits.new_empty(logits.shape[:2], dtype=torch.bool)
+    return empty(), entropy, mean, is_top1, squares, empty(), empty()
+
+
+def row_statistics(
+    logits: Tensor,  # (B, T, V), V = 0 too
+    labels: Tensor,  # (B, T)
+    mask: Tensor | None,
+    shift: int,
+    ignore_index: int,
+    transform: Sequence[float],
+    sums: Sequence[bool],
+) -> RowStatistics:  # each (B, T), where the rows stand
+    """Sums over (a part of) the vocabulary; the target is anything where the label is not in it."""
+    wanted = dict(zip(("weighted", "squares", "sum_z"), sums, strict=True))
+    if not _runs_triton(logits) or logits.shape[2] == 0:
+        scored = tiled.scored_labels(labels, mask, ignore_index, shift)
+        return tiled.row_statistics(logits, labels, scored, shift, Transform(*transform), **wanted)
+    from fastpref.kernels import statistics as kernels
+
+    found = kernels.row_statistics(logits, labels, mask, shift, ignore_index, *transform, sums=any(sums))
+    return RowStatistics(*found[:3], *(x if want else None for x, want in zip(found[3:], sums, strict=True)))
+
+
 @torch.library.custom_op("fastpref::token_logps_backward", mutates_args=())
 def token_logps_backward_op(
     grad: Tensor,  # (B, T), any strides
@@ -63,8 +121,11 @@ def token_logps_backward_op(
     shift: int,
     ignore_index: int,
     transform: Sequence[float],
+    entropy: Tensor | None = None,  # (B, T), where the labels stand
+    grad_entropy: Tensor | None = None,  # (B, T), any strides
 ) -> Tensor:  # (B, T, V)
-    return _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, inplace=False)
+    entropies = (entropy, grad_entropy)
+    return _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, entropies, False)
 
 
 @token_logps_backward_op.register_fake
@@ -83,17 +144,20 @@ def token_logps_backward_inplace_op(
     shift: int,
     ignore_index: int,
     transform: Sequence[float],
+    entropy: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
 ) -> None:
-    _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, inplace=True)
+    entropies = (entropy, grad_entropy)
+    _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, entropies, True)
 
 
-def _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, *, inplace):
+def _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index, transform, entropies, inplace):
     arguments = (grad, logits, labels, mask, row_max, row_sum, shift, ignore_index)
     if not _runs_triton(logits):
-        return tiled.token_logps_backward(*arguments, Transform(*transform), inplace)
+        return tiled.token_logps_backward(*arguments, Transform(*transform), inplace, *entropies)
     from fastpref.kernels import logps as kernels
 
-    return kernels.token_logps_backward(*arguments, *transform, inplace=inplace)
+    return kernels.token_logps_backward(*arguments, *transform, *entropies, inplace=inplace)
 
 
 def _save_for_token_logps(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -104,22 +168,43 @@ def _save_for_token_logps(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor,
     ctx.consumed = False
 
 
-def _token_logps_autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+def refuse_consumed(ctx: Any) -> None:
     if ctx.consumed:
         raise RuntimeError(
             "a second backward through token_logps(inplace_backward=True): the first one has overwritten the logits "
             "with their gradient; use inplace_backward=False where a graph is walked twice"
         )
+
+
+def _token_logps_autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+    refuse_consumed(ctx)
+    return (grad_of_logits(ctx, grad, ctx.saved_tensors), *[None] * 6)
+
+
+def grad_of_logits(ctx: Any, grad: Tensor, saved: Sequence[Any], *entropies: Tensor) -> Tensor:
+    """The gradient in new memory or, once, in the logits' own: `saved` are the tensors that the operator takes."""
     if not ctx.inplace:
-        grad_logits = token_logps_backward_op(grad, *ctx.saved_tensors, *ctx.options)
-    else:
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph=True needs the logits again; use inplace_backward=False")
-        saved = ctx.saved_tensors
-        ctx.consumed = True
-        token_logps_backward_inplace_op(grad, *saved, *ctx.options)
-        grad_logits = saved[0].detach()
-    return (grad_logits, *[None] * 6)
+        return token_logps_backward_op(grad, *saved, *ctx.options, *entropies)
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph=True needs the logits again; use inplace_backward=False")
+    ctx.consumed = True
+    token_logps_backward_inplace_op(grad, *saved, *ctx.options, *entropies)
+    return saved[0].detach()
+
+
+def _save_for_extras(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, labels, mask, *ctx.options, ctx.inplace, _, ctx.entropy_grad = inputs
+    _, entropy, *constants, row_max, row_sum = output
+    ctx.save_for_backward(logits, labels, mask, row_max, row_sum, entropy)
+    ctx.mark_non_differentiable(*constants, row_max, row_sum, *([] if ctx.entropy_grad else [entropy]))
+    ctx.consumed = False
+
+
+def _extras_autograd(ctx: Any, grad: Tensor, grad_entropy: Tensor, *_: Tensor | None) -> tuple:
+    refuse_consumed(ctx)
+    *saved, entropy = ctx.saved_tensors
+    entropies = (entropy, grad_entropy) if ctx.entropy_grad else ()
+    return (grad_of_logits(ctx, grad, saved, *entropies), *[None] * 8)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -129,6 +214,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
 
 
 token_logps_op.register_autograd(_token_logps_autograd, setup_context=_save_for_token_logps)
+token_extras_op.register_autograd(_extras_autograd, setup_context=_save_for_extras)
 token_logps_backward_op.register_autograd(_no_double_backward)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastpref.extras import TokenExtras
+
 
 def scored_positions(
     labels: Tensor,  # (B, T), or (N_total,) packed
@@ -23,7 +25,7 @@ def scored_positions(
     ignore_index: int = -100,
 ) -> Tensor:
     """Boolean, the shape of `labels`: True where a position of the label's own sequence predicts it and it counts."""
-    scored = labels != ignore_index
+    scored = labels.long() != ignore_index  # in 8 bits −100 is 156
     if mask is not None:
         scored = scored & (mask != 0)
     if shift:  # the first token of a sequence has no position that predicts it
@@ -50,18 +52,60 @@ def token_logps(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # the shape of labels
     """log_softmax, gather, mask; see `fastpref.token_logps` for the arguments."""
-    x = logits.to(dtype) * logit_scale
+    scored = scored_positions(labels, mask=mask, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    z = _label_logits(logits.to(dtype), scored, shift, temperature, logit_scale, softcap)
+    index = torch.where(scored, labels, 0).long().unsqueeze(-1)
+    logps = z.log_softmax(-1).gather(-1, index).squeeze(-1)
+    return torch.where(scored, logps, 0.0)
+
+
+def token_extras(
+    logits: Tensor,  # (B, T, V), or (N_total, V) packed
+    labels: Tensor,  # (B, T), or (N_total,)
+    *,
+    mask: Tensor | None = None,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TokenExtras:  # each the shape of labels, of `dtype` (is_top1: bool), all differentiable
+    """Entropy, mean, argmax match and Σ p² of the distribution that each label is scored under."""
+    scored = scored_positions(labels, mask=mask, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    z = _label_logits(logits.to(dtype), scored, shift, temperature, logit_scale, softcap)
+    index = torch.where(scored, labels, 0).long().unsqueeze(-1)
+    log_p = z.log_softmax(-1)
+    # An impossible entry (log p = −inf) adds nothing to the entropy, and 0·(−inf) would make NaN of it.
+    finite = torch.where(log_p == -torch.inf, 0.0, log_p)
+    entropy = -(finite * log_p.exp()).sum(-1)
+    is_top1 = z.gather(-1, index).squeeze(-1) == z.amax(-1)
+    return TokenExtras(
+        torch.where(scored, entropy, 0.0),
+        torch.where(scored, z.mean(-1), 0.0),
+        scored & is_top1,
+        torch.where(scored, (2 * log_p).logsumexp(-1), 0.0),
+    )
+
+
+def _label_logits(
+    x: Tensor,  # (..., T, V)
+    scored: Tensor,  # (..., T)
+    shift: bool,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The transformed logits that each label is scored under, where the label stands; zeros where it is not scored."""
+    x = x * logit_scale
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     x = x / temperature
     if shift:  # position t predicts label t + 1; the row rolled to the front is never scored
         x = x.roll(1, dims=-2)
-    scored = scored_positions(labels, mask=mask, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     # An unscored row may hold NaN: it must not reach the log-softmax, whose backward would multiply it by zero.
-    x = torch.where(scored.unsqueeze(-1), x, 0.0)
-    index = torch.where(scored, labels, 0).long().unsqueeze(-1)
-    logps = x.log_softmax(-1).gather(-1, index).squeeze(-1)
-    return torch.where(scored, logps, 0.0)
+    return torch.where(scored.unsqueeze(-1), x, 0.0)
 
 
 def sequence_logps(

@@ -17,11 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref.checks import refuse_capture
+from fastpref.parallel.vocab import RowStatistics
+
 # A thread's share of a tile, in elements: 2 MiB of float32. With V = 151936 and 512 scored rows, forward and backward
 # took 2 cores 0.275 s with 2 rows a tile, 0.205 with 4, 0.209 with 6, 0.198 with 8 (medians of interleaved repeats).
 TILE_ELEMENTS_PER_THREAD = 2**19
 # More rows than this gain little, and a short batch would pay for the whole tile.
 MAX_TILE_ROWS = 64
+# A distance from the maximum: exp(−1000) is 0 in every dtype, and 0·(−1000) is not the NaN of 0·(−inf).
+NOTHING = -1000.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ def scored_labels(labels: Tensor, mask: Tensor | None, ignore_index: int, shift:
 
 def check_labels_in_range(labels: Tensor, scored: Tensor, shift: int, vocab: int) -> None:
     """Raises for the first scored label outside [0, V), with its place. Reads the tensors: a GPU would wait here."""
+    refuse_capture(
+        "the torch path, and FASTPREF_VALIDATE=1 everywhere, look at labels on the host",
+        "take the Triton kernels (FASTPREF_BACKEND=auto, compute capability 8.0 or newer) without FASTPREF_VALIDATE",
+    )
     wrong = scored & ((labels[:, shift:] < 0) | (labels[:, shift:] >= vocab))
     if wrong.any():
         b, t = wrong.nonzero()[0].tolist()
@@ -79,7 +88,7 @@ def check_labels_in_range(labels: Tensor, scored: Tensor, shift: int, vocab: int
 
 def _tile_rows(vocab: int, device: torch.device) -> int:
     threads = torch.get_num_threads() if device.type == "cpu" else 64
-    rows = max(1, min(MAX_TILE_ROWS, TILE_ELEMENTS_PER_THREAD * threads // vocab))
+    rows = max(1, min(MAX_TILE_ROWS, TILE_ELEMENTS_PER_THREAD * threads // max(vocab, 1)))
     # Rows are dealt to threads: an uneven number leaves one of them waiting.
     return rows - rows % threads if rows > threads else rows
 
@@ -111,12 +120,10 @@ def _tiles(rows: Tensor, size: int) -> Iterator[tuple[int, slice | Tensor]]:
         yield stop - start, slice(low, high + 1) if neighbours else rows[start:stop]
 
 
-def _columns(length: int, size: int, like: Tensor, *values: Tensor) -> list[Tensor]:
-    """(padded, 1) columns of zeros, or of `values`, padded to whole tiles."""
-    padded = -(-length // size) * size
-    if not values:
-        return [like.new_zeros(padded, 1) for _ in range(2)]
-    return [torch.cat([value, value.new_zeros(padded - length)]).unsqueeze(1) for value in values]
+def _column(values: Tensor, size: int) -> Tensor:
+    """(padded, 1), `values` and then zeros to whole tiles of `size`."""
+    padded = -(-len(values) // size) * size
+    return torch.cat([values, values.new_zeros(padded - len(values))]).unsqueeze(1)
 
 
 def token_logps_forward(
@@ -128,31 +135,69 @@ def token_logps_forward(
     transform: Transform,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs (B, T) where the labels stand, row maxima and sums (B, T) where the rows stand; 0 if not scored."""
+    scored = scored_labels(labels, mask, ignore_index, shift)
+    check_labels_in_range(labels, scored, shift, logits.shape[2])
+    rows = row_statistics(logits, labels, scored, shift, transform)
+    logps = torch.zeros_like(rows.maximum)
+    length = labels.shape[1]
+    logps[:, shift:] = ((rows.target - rows.maximum) - rows.total.log())[:, : length - shift]
+    return logps, rows.maximum, rows.total
+
+
+def row_statistics(
+    logits: Tensor,  # (B, T, V), V = 0 too
+    labels: Tensor,  # (B, T)
+    scored: Tensor,  # (B, T - shift) bool: which rows
+    shift: int,
+    transform: Transform,
+    *,
+    weighted: bool = False,
+    squares: bool = False,
+    sum_z: bool = False,
+) -> RowStatistics:  # each (B, T), where the rows stand; those of log-prob 0 and entropy 0 if not scored
+    """Of each scored row of logits, in one read of it; the target is anything where the label is outside [0, V)."""
     batch, length, vocab = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps, row_max, row_sum = (torch.zeros(batch * length, dtype=dtype, device=logits.device) for _ in range(3))
-    scored = scored_labels(labels, mask, ignore_index, shift)
-    check_labels_in_range(labels, scored, shift, vocab)
+    neutral = {"maximum": 0.0, "total": 1.0, "target": 0.0}
+    neutral |= {"weighted": 0.0} if weighted else {}
+    neutral |= {"squares": 1.0} if squares else {}
+    neutral |= {"sum_z": 0.0} if sum_z else {}
+    out = {
+        name: torch.full((batch * length,), value, dtype=dtype, device=logits.device) for name, value in neutral.items()
+    }
     size = _tile_rows(vocab, logits.device)
     tile = torch.zeros(size, vocab, dtype=dtype, device=logits.device)
+    powers = torch.zeros_like(tile) if weighted or squares else tile
+    lowest = torch.finfo(dtype).min
 
     for place, rows, (x,) in _row_groups(scored, shift, logits):
         if len(rows) == 0:
             continue
-        maxima, sums = _columns(len(rows), size, tile)
-        for (count, which), tile_max, tile_sum in zip(
-            _tiles(rows, size), maxima.split(size), sums.split(size), strict=True
-        ):
+        if vocab == 0:
+            for name, values in out.items():
+                values[place] = -torch.inf if name == "maximum" else 0.0
+            continue
+        targets = labels.flatten()[place + shift].long().clamp(0, vocab - 1).unsqueeze(1)
+        columns = {name: tile.new_zeros(-(-len(rows) // size), size, 1) for name in out}
+        first = 0
+        for i, (count, which) in enumerate(_tiles(rows, size)):
             transform.apply_(tile[:count].copy_(x[which]))
-            torch.amax(tile, 1, keepdim=True, out=tile_max)
-            torch.sum(tile.sub_(tile_max).exp_(), 1, keepdim=True, out=tile_sum)
-        targets = labels.flatten()[place + shift].long()
-        maximum, total = maxima[: len(rows), 0], sums[: len(rows), 0]
-        picked = transform.apply_(x[rows, targets].to(dtype))
-        row_max[place], row_sum[place] = maximum, total
-        logps[place + shift] = (picked - maximum) - total.log()
-    shape = (batch, length)
-    return logps.view(shape), row_max.view(shape), row_sum.view(shape)
+            columns["target"][i, :count] = tile[:count].gather(1, targets[first : first + count])
+            first += count
+            if sum_z:
+                torch.sum(tile, 1, keepdim=True, out=columns["sum_z"][i])
+            maximum = torch.amax(tile, 1, keepdim=True, out=columns["maximum"][i])
+            # A part of the vocabulary that is all −inf is a sum of 0, not NaN.
+            tile.sub_(maximum.clamp(min=lowest))
+            torch.exp(tile if powers is tile else tile.clamp_(min=NOTHING), out=powers)
+            torch.sum(powers, 1, keepdim=True, out=columns["total"][i])
+            if weighted:
+                torch.sum(tile.mul_(powers), 1, keepdim=True, out=columns["weighted"][i])
+            if squares:
+                torch.sum(powers.square_(), 1, keepdim=True, out=columns["squares"][i])
+        for name, values in out.items():
+            values[place] = columns[name].flatten()[: len(place)]
+    return RowStatistics(**{name: values.view(batch, length) for name, values in out.items()})
 
 
 def token_logps_backward(
@@ -166,37 +211,62 @@ def token_logps_backward(
     ignore_index: int,
     transform: Transform,
     inplace: bool,
+    entropy: Tensor | None = None,  # (B, T), where the labels stand
+    grad_entropy: Tensor | None = None,  # (B, T), any strides
 ) -> Tensor:  # (B, T, V)
-    """g·(onehot − p) through the transform; into the logits' own memory if `inplace`."""
+    """g·(onehot − p) − g_H·p·(log p + H) through the transform; into the logits' own memory if `inplace`.
+
+    A label outside [0, V) has its entry in another part of the vocabulary.
+    """
     vocab = logits.shape[2]
     out = logits if inplace else zeros_untouched(logits)
+    if vocab == 0:
+        return out
     scored = scored_labels(labels, mask, ignore_index, shift)
     if inplace:
         _zero_other_rows(out, scored)
     size = _tile_rows(vocab, logits.device)
     tile = torch.zeros(size, vocab, dtype=row_max.dtype, device=logits.device)
     tanh = torch.empty_like(tile) if transform.softcap else None
+    powers = torch.empty_like(tile) if grad_entropy is not None else None
 
     for place, rows, (x, dx) in _row_groups(scored, shift, logits, out):
         if len(rows) == 0:
             continue
         targets = labels.flatten()[place + shift].long()
+        inside = (targets >= 0) & (targets < vocab)
+        here = slice(None) if inside.all() else inside.nonzero().flatten()
         upstream = grad.flatten()[place + shift].to(row_max.dtype)
         maximum, total = row_max.flatten()[place], row_sum.flatten()[place]
+        columns = [maximum, -upstream / total]
         # The label's own entry is g·(1 − p), from one rounding of p − 1; read before `out` can overwrite it.
-        picked = x[rows, targets].to(row_max.dtype)
+        picked = x[rows[here], targets[here]].to(row_max.dtype)
         picked_tanh = torch.empty_like(picked) if transform.softcap else None
-        p = torch.exp(transform.apply_(picked, picked_tanh) - maximum) / total
-        own = transform.chain_(upstream * (1.0 - p), picked_tanh)
+        distance = transform.apply_(picked, picked_tanh) - maximum[here]
+        p = torch.exp(distance) / total[here]
+        own = upstream[here] * (1.0 - p)
+        if entropy is not None and grad_entropy is not None:
+            # −p·(g + g_H·(log p + H)), with log p + H = (z − m) + (H − log s)
+            bonus = grad_entropy.flatten()[place + shift].to(row_max.dtype)
+            level = entropy.flatten()[place + shift] - total.log()
+            own -= p * bonus[here] * (distance.clamp(min=NOTHING) + level[here])
+            columns += [-bonus / total, level]
+        transform.chain_(own, picked_tanh)
 
-        maxima, scale = _columns(len(rows), size, tile, maximum, -upstream / total)
-        for (count, which), tile_max, tile_scale in zip(
-            _tiles(rows, size), maxima.split(size), scale.split(size), strict=True
+        for (count, which), tile_max, tile_scale, *more in zip(
+            _tiles(rows, size), *(_column(values, size).split(size) for values in columns), strict=True
         ):
             transform.apply_(tile[:count].copy_(x[which]), None if tanh is None else tanh[:count])
-            transform.chain_(tile.sub_(tile_max).exp_().mul_(tile_scale), tanh)
+            tile.sub_(tile_max)
+            if powers is None:
+                tile.exp_().mul_(tile_scale)
+            else:
+                tile_bonus, tile_level = more
+                torch.exp(tile.clamp_(min=NOTHING), out=powers)
+                tile.add_(tile_level).mul_(tile_bonus).add_(tile_scale).mul_(powers)
+            transform.chain_(tile, tanh)
             dx[which] = tile[:count] if isinstance(which, slice) else tile[:count].to(dx.dtype)
-        dx[rows, targets] = own.to(dx.dtype)
+        dx[rows[here], targets[here]] = own.to(dx.dtype)
     return out
 
 

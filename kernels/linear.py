@@ -39,7 +39,8 @@ THREADS_PER_WARP = 32 if torch.version.hip is None else 64
 NUM_WARPS, HIP_NUM_WARPS = 4, 2
 
 # One element of these is read or written by a program: alignment would only multiply the compiled kernels.
-_PER_ROW = ["labels", "maximum", "total", "target", "rescale", "rowscale", "own"]
+_PER_ROW = ["labels", "maximum", "total", "target", "rescale", "rowscale", "own", "tilt"]
+_PER_ROW += ["weighted", "squares", "sum_z"]
 
 
 @triton.jit
@@ -72,6 +73,9 @@ def fold_kernel(
     target,  # (R,) float32, updated
     out,  # (R, C) or None; may be x
     rescale,  # (R,) float32 or None
+    weighted,  # (R,) float32, updated, or None
+    squares,  # (R,) float32, updated, or None
+    sum_z,  # (R,) float32, updated, or None
     C,
     start,
     stride,
@@ -88,13 +92,20 @@ def fold_kernel(
     """new = max(m, max z), s' = s·exp(m − new) + Σ exp(z − new), kept = keep_scale·exp(z − new)·slope; a program a row.
 
     Maximum and sum are over the columns other than the label's. Reads 4·C bytes a row (and the bias); writes
-    C·itemsize where it keeps; 12 to 28 bytes of running values.
+    C·itemsize where it keeps; 12 to 28 bytes of running values, and 8 for each sum that is asked for besides:
+    weighted = Σ exp(z − new)·(z − new), squares = Σ exp(2·(z − new)), sum_z = Σ z.
     """
     row = tl.program_id(0).to(tl.int64)  # rows times stride may pass 2³¹
     local = _local_label(labels, row, start, C)
     # All that another thread of this program may overwrite is read here: the reductions below are the barrier.
     m = tl.load(maximum + row)
     s = tl.load(total + row)
+    if weighted is not None:
+        w = tl.load(weighted + row)
+    if squares is not None:
+        q = tl.load(squares + row)
+    if sum_z is not None:
+        a = tl.load(sum_z + row)
     x_label = tl.load(x + row * stride + local, mask=local >= 0, other=0.0)
     column = tl.arange(0, BLOCK)
     inside = column < C
@@ -111,6 +122,14 @@ def fold_kernel(
     base = tl.where(new == float("-inf"), 0.0, new)  # a tile that is all −inf must not make NaN
     e = tl.exp(z - base)
     carried = tl.exp(m - base)
+    if weighted is not None:
+        # 0·(−inf) would be NaN: of an entry, and of a row that has seen nothing yet.
+        earlier = tl.where(carried > 0.0, carried * (w + s * (m - base)), 0.0)
+        tl.store(weighted + row, earlier + tl.sum(tl.where(e > 0.0, e * (z - base), 0.0), axis=0))
+    if squares is not None:
+        tl.store(squares + row, q * (carried * carried) + tl.sum(e * e, axis=0))
+    if sum_z is not None:
+        tl.store(sum_z + row, a + tl.sum(tl.where(counted, z, 0.0), axis=0))
     s = s * carried + tl.sum(e, axis=0)
 
     tl.store(maximum + row, new)
@@ -159,6 +178,7 @@ def gradient_from_logits_kernel(
     maximum,  # (R,) float32, the label's logit included
     rowscale,  # (R,) float32
     own,  # (R,) float32
+    tilt,  # (R,) float32 or None
     out,  # (R, C), which may be x
     C,
     start,
@@ -172,7 +192,7 @@ def gradient_from_logits_kernel(
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = rowscale·exp(z − m)·slope, and `own` at the label; one program a row and BLOCK columns.
+    """out = (rowscale + tilt·(z − m))·exp(z − m)·slope, and `own` at the label; a program a row and BLOCK columns.
 
     Reads 4·R·C bytes (and the bias), writes R·C·itemsize. Each element is read before it is written and by the same
     program.
@@ -188,7 +208,10 @@ def gradient_from_logits_kernel(
     if bias is not None:
         x_row += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     z, slope = _logits(x_row, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT)
-    dx = tl.where(column == local, at_label, scale * (tl.exp(z - m) * slope))
+    e = tl.exp(z - m)
+    if tilt is not None:
+        scale += tl.load(tilt + row) * tl.where(e > 0.0, z - m, 0.0)  # 0·(−inf) would be NaN
+    dx = tl.where(column == local, at_label, scale * (e * slope))
     tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
 
 
@@ -207,12 +230,16 @@ def fold(
     out: Tensor | None = None,  # (R, C) any float dtype, last stride 1
     rescale: Tensor | None = None,  # (R,) float32
     keep_scale: float = 1.0,
+    weighted: Tensor | None = None,  # (R,) float32
+    squares: Tensor | None = None,  # (R,) float32
+    sum_z: Tensor | None = None,  # (R,) float32
     num_warps: int | None = None,
 ) -> None:
     """Takes a tile into `maximum`, `total` and `target`, in place.
 
     `out` receives keep_scale·exp(z − base)·slope, 0 at the label, with base the new maximum or 0 where that is −inf;
     `rescale` the factor exp(old maximum − base), by which what was kept of earlier tiles has shrunk.
+    `weighted`, `squares` and `sum_z` are updated as `total` is: Σ exp(z − base)·(z − base), Σ exp(2·(z − base)), Σ z.
     """
     rows, columns = x.shape
     if rows == 0 or columns == 0:
@@ -229,6 +256,9 @@ def fold(
             target,
             out,
             rescale,
+            weighted,
+            squares,
+            sum_z,
             columns,
             start,
             x.stride(0),
@@ -286,10 +316,11 @@ def gradient_from_logits(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    tilt: Tensor | None = None,  # (R,) float32
     block: int = BLOCK,
     num_warps: int = NUM_WARPS if torch.version.hip is None else HIP_NUM_WARPS,
 ) -> None:
-    """rowscale·exp(z − maximum)·slope into `out`, and `own` at the label, rounded once."""
+    """exp(z − maximum)·slope·(rowscale + tilt·(z − maximum)) into `out`, and `own` at the label, rounded once."""
     rows, columns = x.shape
     if rows == 0 or columns == 0:
         return
@@ -302,6 +333,7 @@ def gradient_from_logits(
             maximum,
             rowscale,
             own,
+            tilt,
             out,
             columns,
             start,
@@ -327,7 +359,10 @@ def fold_warps(block: int, threads_per_warp: int = THREADS_PER_WARP) -> int:
 
 
 def _compile_cases() -> list[CompileCase]:
-    """C = 4096, values alone and keeping; an odd C at an odd stride in the widest row; both gradients of both."""
+    """C = 4096: values alone, values with every extra, keeping; an odd C at an odd stride in the widest row, with all.
+
+    Both gradients of both, the one from logits with the entropy's too.
+    """
     values = {"x": "*fp32:16", "labels": "*i64", "start": "i32"}
     values |= dict.fromkeys(["inner", "inner_low", "outer", "outer_low"], "fp32")
     values |= dict.fromkeys(["maximum", "total", "target"], "*fp32")
@@ -337,16 +372,22 @@ def _compile_cases() -> list[CompileCase]:
     kept |= {"out": "*{dtype}:16"}
     logits = {name: kind for name, kind in (values | kept).items() if name not in ("total", "target", "kept")}
     biased = {"bias": "*{dtype}:16"}
+    more = dict.fromkeys(["weighted", "squares", "sum_z"], "*fp32")
+    no_more: dict[str, Any] = dict.fromkeys(more)
     even = dict.fromkeys(["C", "stride", "out_stride"], "i32:16")
     odd = dict.fromkeys(["C", "stride", "out_stride"], "i32")
     plain: dict[str, Any] = {"HAS_SOFTCAP": False, "EXACT": True, "bias": None}
     capped: dict[str, Any] = {"HAS_SOFTCAP": True, "EXACT": False}
 
+    nothing: dict[str, Any] = {"out": None, "rescale": None}
+
     cases = []
     for columns, signature, constants, note in (
-        (4096, folding | biased | even, {**capped, "out": None, "rescale": None}, "C % 16 == 0, bias, softcap, values"),
-        (4096, keeping | even, plain, "C % 16 == 0, keeping"),
-        (MAX_COLUMNS, keeping | biased | odd, capped, "odd C, bias, softcap, keeping"),
+        (4096, folding | biased | even, capped | nothing | no_more, "C % 16 == 0, bias, softcap, values"),
+        (4096, folding | biased | even | more, capped | nothing, "C % 16 == 0, bias, softcap, values and extras"),
+        (4096, keeping | even, plain | no_more, "C % 16 == 0, keeping"),
+        (MAX_COLUMNS, keeping | biased | odd, capped | no_more, "odd C, bias, softcap, keeping"),
+        (MAX_COLUMNS, keeping | biased | odd | more, capped, "odd C, bias, softcap, keeping, extras"),
     ):
         block = row_block(columns)
         warps: dict[str, Any] = {"num_warps": fold_warps(block, 32), "hip_num_warps": fold_warps(block, 64)}
@@ -356,11 +397,14 @@ def _compile_cases() -> list[CompileCase]:
     cases += [
         CompileCase(gradient_from_kept_kernel, kept | even, block_of, note="C % 16 == 0", **warps),
         CompileCase(gradient_from_kept_kernel, kept | odd, block_of, note="odd C", **warps),
-        CompileCase(gradient_from_logits_kernel, logits | even, plain | block_of, note="C % 16 == 0", **warps),
-        CompileCase(
-            gradient_from_logits_kernel, logits | biased | odd, capped | block_of, note="odd C, bias, softcap", **warps
-        ),
     ]
+    for signature, constants, note in (
+        (logits | even, plain | {"tilt": None}, "C % 16 == 0"),
+        (logits | even | {"tilt": "*fp32"}, plain, "C % 16 == 0, entropy"),
+        (logits | biased | odd, capped | {"tilt": None}, "odd C, bias, softcap"),
+        (logits | biased | odd | {"tilt": "*fp32"}, capped, "odd C, bias, softcap, entropy"),
+    ):
+        cases.append(CompileCase(gradient_from_logits_kernel, signature, constants | block_of, note=note, **warps))
     return cases
 
 

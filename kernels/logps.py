@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_report import CompileCase
+from .rows import UNSPECIALISED, mask_bytes, scored_label, transformed
 from .transform import factors_of, on_device, scaled, tanh
 
 # Not swept on a GPU yet. 4 warps of 32 threads with 8 bfloat16 each make the 1024; DEPTH 4 keeps 64 bytes a thread in
@@ -33,28 +34,6 @@ BLOCK = 2048
 # A wavefront of AMD's has 64 threads: as many threads in half as many.
 NUM_WARPS, HIP_NUM_WARPS = 4, 2
 
-# Values that change from batch to batch and that no address depends on: one compiled kernel serves all of them.
-_UNSPECIALISED = ["T", "shift", "ignore_index"]
-_UNSPECIALISED += [f"{name}_stride_{axis}" for name in ("labels", "mask", "grad") for axis in "bt"]
-
-
-@triton.jit
-def _transform(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    x = x.to(tl.float32)
-    if HAS_SOFTCAP:
-        x = tanh(scaled(x, inner, inner_low, EXACT))
-    return scaled(x, outer, outer_low, EXACT)
-
-
-@triton.jit
-def _scored_label(labels, mask, position, inside, ignore_index, mask_offset, HAS_MASK: tl.constexpr):
-    """The label at `position` (an offset) and whether it counts."""
-    label = tl.load(labels + position, mask=inside, other=0).to(tl.int64)
-    scored = inside & (label != ignore_index)
-    if HAS_MASK:
-        scored = scored & (tl.load(mask + mask_offset, mask=inside, other=0) != 0)
-    return label, scored
-
 
 @triton.jit
 def _fold(z, m, s):
@@ -65,7 +44,7 @@ def _fold(z, m, s):
     return new, s
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def token_logps_forward_kernel(
     logits,  # (B, T, V)
     labels,  # (B, T)
@@ -102,7 +81,7 @@ def token_logps_forward_kernel(
     b = row // T
     t = row % T
     position = t + shift
-    label, scored = _scored_label(
+    label, scored = scored_label(
         labels,
         mask,
         b * labels_stride_b + position * labels_stride_t,
@@ -120,11 +99,11 @@ def token_logps_forward_kernel(
     s = tl.zeros([WIDTH], tl.float32)
     for first in range(0, whole, WIDTH * DEPTH):
         x = tl.load(start + first + index)
-        m, s = _fold(_transform(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT), m, s)
+        m, s = _fold(transformed(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT), m, s)
     if whole < read:
         column = whole + index
         x = tl.load(start + column, mask=column < V, other=0.0)
-        z = _transform(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT)
+        z = transformed(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT)
         m, s = _fold(tl.where(column < V, z, float("-inf")), m, s)
 
     top = tl.max(m, axis=0)
@@ -132,7 +111,7 @@ def token_logps_forward_kernel(
     total = tl.where(scored, tl.sum(s * tl.exp(m - base), axis=0), 1.0)
     valid = (label >= 0) & (label < V)
     x = tl.load(start + label, mask=scored & valid, other=0.0)
-    logp = (_transform(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT) - top) - tl.log(total)
+    logp = (transformed(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT) - top) - tl.log(total)
 
     # A label outside [0, V) makes value and gradient NaN: loud, and without the host having to wait.
     wrong = scored & (valid == 0)
@@ -147,9 +126,26 @@ def token_logps_forward_kernel(
 
 @triton.jit
 def _gradient(
-    x, column, label, g, m, scale, inner, inner_low, outer, outer_low, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+    x,
+    column,
+    label,
+    g,
+    bonus,
+    level,
+    m,
+    scale,
+    inner,
+    inner_low,
+    outer,
+    outer_low,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
-    """dL/dx of a tile: g·(onehot − p)·dz/dx, all in float32, p = exp(z − m) / s and `scale` = 1 / s."""
+    """dL/dx of a tile: (g·(onehot − p) − bonus·p·(log p + H))·dz/dx in float32, p = exp(z − m) / s.
+
+    `scale` is 1 / s and `level` H − log s: log p + H = (z − m) + level.
+    """
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
         t = tanh(scaled(x, inner, inner_low, EXACT))
@@ -159,12 +155,20 @@ def _gradient(
         slope = outer
         z = scaled(x, outer, outer_low, EXACT)
     p = tl.exp(z - m) * scale
-    return g * (tl.where(column == label, 1.0, 0.0) - p) * slope
+    dz = g * (tl.where(column == label, 1.0, 0.0) - p)
+    if ENTROPY:
+        # Where p is 0, the logarithm may be −inf, and 0·(−inf) NaN.
+        dz -= bonus * p * (tl.where(p == 0.0, 0.0, z - m) + level)
+    return dz * slope
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(
+    do_not_specialize=[*UNSPECIALISED, *(f"{name}_stride_{axis}" for name in ("grad", "bonus") for axis in "bt")]
+)
 def token_logps_backward_kernel(
     grad,  # (B, T) upstream, where the labels stand; strides may be 0
+    bonus,  # (B, T) upstream of the entropy, where the labels stand, if ENTROPY
+    entropy,  # (B, T) float32, contiguous, where the labels stand, if ENTROPY
     logits,  # (B, T, V)
     labels,  # (B, T)
     mask,  # (B, T) uint8
@@ -179,6 +183,8 @@ def token_logps_backward_kernel(
     out_stride_t,
     grad_stride_b,
     grad_stride_t,
+    bonus_stride_b,
+    bonus_stride_t,
     labels_stride_b,
     labels_stride_t,
     mask_stride_b,
@@ -192,9 +198,10 @@ def token_logps_backward_kernel(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dL/dx = g·(onehot − p)·dz/dx; one program a row.
+    """dL/dx = g·(onehot − p)·dz/dx, with ENTROPY − bonus·p·(log p + H)·dz/dx; one program a row.
 
     Reads N·V·itemsize bytes, writes B·T·V·itemsize bytes: gradients of scored rows and zeros elsewhere; a row that is
     not scored is not read. Each element is read before it is written and by the same program, so `out` may be `logits`.
@@ -203,7 +210,7 @@ def token_logps_backward_kernel(
     b = row // T
     t = row % T
     position = t + shift
-    label, scored = _scored_label(
+    label, scored = scored_label(
         labels,
         mask,
         b * labels_stride_b + position * labels_stride_t,
@@ -219,15 +226,53 @@ def token_logps_backward_kernel(
     if scored:
         g = tl.load(grad + b * grad_stride_b + position * grad_stride_t).to(tl.float32)
         m = tl.load(row_max + row)
-        scale = 1.0 / tl.load(row_sum + row)
+        total = tl.load(row_sum + row)
+        scale = 1.0 / total
+        g_entropy = 0.0
+        level = 0.0
+        if ENTROPY:
+            g_entropy = tl.load(bonus + b * bonus_stride_b + position * bonus_stride_t).to(tl.float32)
+            level = tl.load(entropy + b * T + position) - tl.log(total)
         for first in range(0, whole, BLOCK):
             x = tl.load(start + first + index)
-            dx = _gradient(x, first + index, label, g, m, scale, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT)
+            dx = _gradient(
+                x,
+                first + index,
+                label,
+                g,
+                g_entropy,
+                level,
+                m,
+                scale,
+                inner,
+                inner_low,
+                outer,
+                outer_low,
+                HAS_SOFTCAP,
+                EXACT,
+                ENTROPY,
+            )
             tl.store(out_start + first + index, dx.to(out.dtype.element_ty))
         if whole < V:
             column = whole + index
             x = tl.load(start + column, mask=column < V, other=float("-inf"))
-            dx = _gradient(x, column, label, g, m, scale, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT)
+            dx = _gradient(
+                x,
+                column,
+                label,
+                g,
+                g_entropy,
+                level,
+                m,
+                scale,
+                inner,
+                inner_low,
+                outer,
+                outer_low,
+                HAS_SOFTCAP,
+                EXACT,
+                ENTROPY,
+            )
             tl.store(out_start + column, dx.to(out.dtype.element_ty), mask=column < V)
     else:
         zeros = tl.zeros([BLOCK], out.dtype.element_ty)
@@ -256,13 +301,13 @@ def token_logps_forward(
     logps, row_max, row_sum = (logits.new_empty(batch, length, dtype=torch.float32) for _ in range(3))
     if logps.numel() == 0:
         return logps, row_max, row_sum
-    mask_bytes, mask_strides = _mask_bytes(labels, mask)
+    bytes_of_mask, mask_strides = mask_bytes(labels, mask)
     factors = factors_of(temperature, logit_scale, softcap)
     with on_device(logits):
         token_logps_forward_kernel[(batch * length,)](
             logits,
             labels,
-            mask_bytes,
+            bytes_of_mask,
             logps,
             row_max,
             row_sum,
@@ -296,6 +341,8 @@ def token_logps_backward(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
+    entropy: Tensor | None = None,  # (B, T), where the labels stand
+    grad_entropy: Tensor | None = None,  # (B, T), any strides
     *,
     inplace: bool = False,
     block: int = BLOCK,
@@ -306,14 +353,18 @@ def token_logps_backward(
     out = logits if inplace else logits.new_empty(logits.shape)
     if out.numel() == 0:
         return out
-    mask_bytes, mask_strides = _mask_bytes(labels, mask)
+    with_entropy = entropy is not None and grad_entropy is not None  # without it neither is read
+    bonus, entropy = grad if grad_entropy is None else grad_entropy, row_sum if entropy is None else entropy
+    bytes_of_mask, mask_strides = mask_bytes(labels, mask)
     factors = factors_of(temperature, logit_scale, softcap)
     with on_device(logits):
         token_logps_backward_kernel[(batch * length,)](
             grad,
+            bonus,
+            entropy,
             logits,
             labels,
-            mask_bytes,
+            bytes_of_mask,
             row_max,
             row_sum,
             out,
@@ -322,6 +373,7 @@ def token_logps_backward(
             *logits.stride()[:2],
             *out.stride()[:2],
             *grad.stride(),
+            *bonus.stride(),
             *labels.stride(),
             *mask_strides,
             shift,
@@ -330,15 +382,11 @@ def token_logps_backward(
             HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap != 0.0,
             EXACT=factors[1] == factors[3] == 0.0,
+            ENTROPY=with_entropy,
             BLOCK=block,
             num_warps=num_warps,
         )
     return out
-
-
-def _mask_bytes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
-    """The mask as bytes; without one any pointer will do, it is not read."""
-    return (labels, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
 
 
 def _compile_cases() -> list[CompileCase]:
@@ -362,15 +410,24 @@ def _compile_cases() -> list[CompileCase]:
         sizes = {"V": "i32" + end, "stride_b": "i64" + end, "stride_t": "i32" + end}
         shared = {**pointers, **dict.fromkeys(small, "i32"), **factors, **sizes}
         forward = {**shared, "logps": "*fp32:16"}
-        backward = {**shared, "grad": "*fp32:16", "out": "*{dtype}:16"}
+        backward = {**shared, "grad": "*fp32:16", "bonus": "*fp32:16", "entropy": "*fp32:16", "out": "*{dtype}:16"}
         backward |= {"out_stride_b": "i64" + end, "out_stride_t": "i32" + end}
-        backward |= {"grad_stride_b": "i32", "grad_stride_t": "i32"}
+        backward |= {f"{name}_stride_{axis}": "i32" for name in ("grad", "bonus") for axis in "bt"}
         flags = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap}
         tile = {"WIDTH": WIDTH, "DEPTH": DEPTH}
         warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
         cases += [
             CompileCase(token_logps_forward_kernel, forward, flags | tile, note=note, **warps),
-            CompileCase(token_logps_backward_kernel, backward, flags | {"BLOCK": BLOCK}, note=note, **warps),
+            *(
+                CompileCase(
+                    token_logps_backward_kernel,
+                    backward,
+                    flags | {"BLOCK": BLOCK, "ENTROPY": entropy},
+                    note=note + (", entropy" if entropy else ""),
+                    **warps,
+                )
+                for entropy in (False, True)
+            ),
         ]
     return cases
 

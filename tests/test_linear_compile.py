@@ -130,7 +130,7 @@ def test_a_second_derivative_of_the_operator_raises(device: str) -> None:
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["forward", "frozen", "options", "backward", "backward of hidden"])
+@pytest.mark.parametrize("name", ["forward", "frozen", "options", "extras", "backward", "backward of hidden"])
 def test_operators_pass_opcheck(name: str, backend: str, device: str) -> None:
     (hidden, weight, bias), labels = make(device=device, length=3)
     mask = labels > 2
@@ -138,20 +138,21 @@ def test_operators_pass_opcheck(name: str, backend: str, device: str) -> None:
     capped = (0, 3, [0.7, 2.0, 3.0], torch.float32, 2**30)
     positive = labels.clamp(min=0)
     with torch.no_grad():
-        _, saved = compiled.linear_token_logps_op(hidden, weight, bias, labels, mask, *plain)
+        *_, saved = compiled.linear_token_logps_op(hidden, weight, bias, labels, mask, *plain)
     grad = torch.ones(labels.shape, device=device)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     operator, arguments = {
         "forward": (compiled.linear_token_logps_op, (*leaves, labels, mask, *plain)),
         "frozen": (compiled.linear_token_logps_op, (leaves[0], weight, None, labels, None, *plain)),
         "options": (compiled.linear_token_logps_op, (leaves[0], leaves[1], None, positive, None, *capped)),
+        "extras": (compiled.linear_token_logps_op, (*leaves, labels, mask, *plain, "entropy,is_top1", True)),
         "backward": (
             compiled.linear_token_logps_backward_op,
-            (grad, saved, hidden, weight, bias, labels, mask, *plain, [True, True, True]),
+            (grad, None, saved, hidden, weight, bias, labels, mask, *plain, [True, True, True]),
         ),
         "backward of hidden": (
             compiled.linear_token_logps_backward_op,
-            (grad, saved, hidden.transpose(0, 1).contiguous().transpose(0, 1), weight, None, labels, mask, *plain,
+            (grad, None, saved, hidden.transpose(0, 1).contiguous().transpose(0, 1), weight, None, labels, mask, *plain,
              [True, False, False]),
         ),
     }[name]  # fmt: skip

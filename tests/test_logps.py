@@ -119,6 +119,15 @@ def test_mask_is_aligned_with_labels_and_shifts_with_them(kind, backend, device)
     assert torch.equal(masked, ignored)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16])
+def test_labels_of_few_bits_wrap_neither_ignore_index_nor_the_vocabulary(dtype, backend, device):
+    logits, labels = make_batch(2, 6, 300, torch.float32, device)
+    labels.remainder_(100)
+    labels[0, 2] = 100 if dtype == torch.int8 else 156  # 156 is −100, and 300 is 44, in 8 bits
+    assert torch.equal(fastpref.token_logps(logits, labels.to(dtype)), fastpref.token_logps(logits, labels))
+    assert torch.equal(reference.token_logps(logits, labels.to(dtype)), reference.token_logps(logits, labels))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64], ids=str)
 def test_labels_of_any_integer_dtype(dtype, backend, device):
     logits, labels = make_batch(2, 5, 200, torch.float32, device)

@@ -93,6 +93,9 @@ class Problem:
     softcap: bool = False
     largest_pair: int = 0  # scored rows of the largest pair, where pairs may stream; 0 where not
     pairs: int = 0
+    sums: bool = False  # more sums a row than its logsumexp, which the torch path makes in a second tile
+    entropy: bool = False  # the gradient of the rows' entropies is wanted too: of logits, no kept tile has them
+    ranks: int = 1  # that the vocabulary is split over; `vocab` is then the largest part
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _tile_bytes(problem: Problem, machine: Machine, row_block: int, columns: int
     wide = accumulator_dtype(problem.operand).itemsize
     operand = operand_dtype(machine, problem.operand)
     H = problem.hidden_size
-    total = row_block * columns * wide * (2 if problem.softcap else 1)
+    total = row_block * columns * wide * (1 + problem.softcap + (problem.sums or problem.entropy))
     if operand.itemsize != wide:
         total += row_block * columns * operand.itemsize
     if problem.weight_dtype != operand:
@@ -148,7 +151,10 @@ def _tile_bytes(problem: Problem, machine: Machine, row_block: int, columns: int
     if problem.hidden and not problem.weight:  # dh takes the labels' rows of the head, a few at a time
         total += min(row_block, GATHERED) * H * (problem.weight_dtype.itemsize + wide)
     # Statistics, labels and weights of all rows, and small temporaries of a block.
-    return total + problem.rows * 64 + row_block * 32
+    more = 32 * (problem.sums + problem.entropy)
+    if problem.ranks > 1:  # all ranks' statistics, and what becomes of them
+        more += wide * problem.ranks * (14 if problem.sums else 8)
+    return total + problem.rows * (64 + more) + row_block * 32
 
 
 def _shrink(
@@ -198,13 +204,14 @@ def plan_tokens(problem: Problem, machine: Machine, budget: int, *, force: str |
             f"H={problem.hidden_size}, V={problem.vocab}: give at least {low} bytes ({math.ceil(low / MIB)} MiB)"
         )
     row_sums = problem.rows * problem.hidden_size * wide  # dh while it accumulates
-    block_sums = min(machine.rows, problem.rows) * problem.hidden_size * wide
     if not gradients:
         return _made("forward", problem, machine, _tile(problem, machine, budget, backward=False), products=1)
-    if not problem.weight and force in (None, "frozen"):
-        tile = _shrink(problem, machine, budget - row_sums - block_sums, backward=False)
+    if problem.entropy and force in ("frozen", "keep", "mixed"):
+        raise ValueError(f"the {force} plan has no gradient of entropies, which needs the logits again")
+    if not problem.weight and not problem.entropy and force in (None, "frozen"):
+        tile = _shrink(problem, machine, budget - row_sums, backward=False)
         if tile is not None:
-            return _made("frozen", problem, machine, tile, products=2, extra=row_sums + block_sums, dh_in_forward=True)
+            return _made("frozen", problem, machine, tile, products=2, extra=row_sums, dh_in_forward=True)
         if force == "frozen":
             raise ValueError("the frozen plan does not fit the budget")
     products = 1 + problem.hidden + problem.weight
@@ -220,7 +227,7 @@ def plan_tokens(problem: Problem, machine: Machine, budget: int, *, force: str |
         )
     sums = problem.hidden * row_sums
     plan = _made("recompute", problem, machine, tile, products=products + 1, extra=sums)
-    if force == "recompute" or (force is None and not keeping_pays(problem, machine)):
+    if force == "recompute" or problem.entropy or (force is None and not keeping_pays(problem, machine)):
         return plan
     a_slice = _slice_bytes(problem, plan.columns)
     kept = plan.slices if problem.rows == 0 else min(plan.slices, (budget - plan.peak) // a_slice)

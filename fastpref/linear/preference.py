@@ -7,30 +7,29 @@ in the forward, while tiles are at hand, and the backward hands them over. Losse
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_choice, check_number, check_tensor, describe
+from fastpref.checks import check_choice
 from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_forward_mode
 from fastpref.linear.api import check_head, linear_sequence_logps
+from fastpref.linear.coefficients import ChosenLoss, LossFunction, attached, check_loss, check_pairs, coefficients
+from fastpref.linear.entropy import Upstream
+from fastpref.linear.operands import Kept
 from fastpref.linear.plan import parse_budget, plan_preference
 from fastpref.linear.products import precision
-from fastpref.linear.rows import find_rows
+from fastpref.linear.shards import Call, agreed, bits_checksum, local_part, refuse_compiled, text_checksum
 from fastpref.linear.streaming import stream
-from fastpref.linear.sweeps import Kept, fold_sweep
-from fastpref.linear.tokens import Once, Request, gradients, head_of, inputs_of, problem_of, zero_gradient
-from fastpref.losses import LossSpec, PreferenceOutput, get_loss, preference_loss
+from fastpref.linear.sweeps import fold_sweep
+from fastpref.linear.tokens import Once, Request, gradients, head_of, inputs_of, problem_of, rows_of, zero_gradient
 from fastpref.ops import sequence_reduce_op
+from fastpref.parallel.groups import checksum
 from fastpref.tiled import Transform
 
 # Gradients of float16 tensors wait for the backward as float32: a loss scale must meet them before they are rounded.
 _HALF = torch.float32
-
-LossFunction = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
 class LinearPreferenceOutput(NamedTuple):
@@ -66,6 +65,7 @@ def linear_preference_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    vocab_group: Any = None,
     **loss_options: Any,
 ) -> LinearPreferenceOutput:
     """The preference loss of P pairs straight from hidden states: `preference_loss` of `linear_sequence_logps`.
@@ -85,6 +85,8 @@ def linear_preference_loss(
             a scalar, differentiable by autograd. It sees the log-probs of all pairs at once, and any further term that
             is to have a gradient belongs into it.
         reduction: "sum" or "mean" over scored tokens; by default what the loss's paper means, "sum" for a callable.
+        vocab_group: as `linear_token_logps`: this rank has a part of the head. ref_logps and loss are the same on all
+            ranks; no streaming.
 
     Returns:
         LinearPreferenceOutput. Only `loss` can be differentiated, once: the backward hands the gradients over, scaled
@@ -94,102 +96,47 @@ def linear_preference_loss(
     Raises:
         As `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of sequences.
     """
-    chosen_loss = _check_loss(loss, beta, loss_options)
-    reduction = chosen_loss.reduction if reduction is None else check_choice("reduction", reduction, ("sum", "mean"))
-    options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
-    check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
-    operand = check_head(hidden, weight, bias)
-    refuse_forward_mode(weight, bias)
-    check_reduction_input("hidden states", hidden, cu_seqlens)
-    _check_pairs(hidden, cu_seqlens, ref_logps, chosen_loss.spec)
+    chosen_loss: Any = None
+
+    def check() -> Call:
+        nonlocal chosen_loss, reduction
+        chosen_loss = check_loss(loss, beta, loss_options)
+        chosen = chosen_loss.reduction if reduction is None else reduction
+        reduction = check_choice("reduction", chosen, ("sum", "mean"))
+        options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+        check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
+        part, bias_part = local_part("weight", weight, vocab_group), local_part("bias", bias, vocab_group)
+        operand = check_head(hidden, part, bias_part, part=vocab_group is not None)
+        refuse_forward_mode(part, bias_part)
+        check_reduction_input("hidden states", hidden, cu_seqlens)
+        check_pairs(hidden, cu_seqlens, ref_logps, chosen_loss.spec)
+        request = Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
+        rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
+        return Call(rows, part, bias_part, row_labels, row_mask, request)
+
+    def also() -> dict[str, int]:
+        named = chosen_loss.spec.name if chosen_loss.spec is not None else "a callable"
+        return {
+            "loss, beta, its options and reduction (checksum)": text_checksum((named, beta, loss_options, reduction)),
+            "ref_logps (checksum)": bits_checksum(ref_logps),
+            "cu_seqlens (checksum)": checksum(cu_seqlens),
+        }
+
+    call = agreed("linear_preference_loss", vocab_group, check, also)
     if torch.compiler.is_compiling():
-        values = linear_sequence_logps(
-            hidden, weight, labels, bias=bias, memory_budget=memory_budget, reduction=reduction, cu_seqlens=cu_seqlens,
-            mask=mask, shift=shift, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap,
-        )  # fmt: skip
-        logps = cast(Tensor, values)
+        refuse_compiled(call.request.shards)
+        logps = cast(Tensor, linear_sequence_logps(
+            hidden, weight, labels, bias=bias, memory_budget=memory_budget, reduction=cast(str, reduction),
+            cu_seqlens=cu_seqlens, mask=mask, shift=shift, ignore_index=ignore_index, temperature=temperature,
+            logit_scale=logit_scale, softcap=softcap,
+        ))  # fmt: skip
         out = chosen_loss(logps, ref_logps)
         return LinearPreferenceOutput(*out, *logps.detach().chunk(2))
-    request = Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
-    rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
     found = _LinearPreference.apply(
-        *inputs_of(rows, weight, bias), row_labels, row_mask, cu_seqlens, ref_logps, request, chosen_loss, reduction
-    )
+        *inputs_of(call.hidden, call.weight, call.bias), call.labels, call.mask, cu_seqlens, ref_logps, call.request,
+        chosen_loss, reduction,
+    )  # fmt: skip
     return LinearPreferenceOutput(*found)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """A loss by name or a user's own, called with the log-probs of all sequences."""
-
-    spec: LossSpec | None
-    function: LossFunction | None
-    beta: float
-    options: dict[str, Any]
-    grad: bool = False  # whether the caller has gradients on
-
-    @property
-    def reduction(self) -> str:
-        return "sum" if self.spec is None else self.spec.reduction
-
-    def __call__(self, logps: Tensor, ref_logps: Tensor | None) -> PreferenceOutput:
-        chosen, rejected = logps.chunk(2)
-        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
-        if self.spec is not None:
-            named: dict[str, Any] = {"loss": self.spec.name, "beta": self.beta, **self.options}
-            return preference_loss(chosen, rejected, ref_chosen, ref_rejected, **named)
-        assert self.function is not None
-        losses = self.function(chosen, rejected, ref_chosen, ref_rejected)
-        floating = isinstance(losses, Tensor) and losses.is_floating_point()
-        if not floating or losses.shape not in (chosen.shape, torch.Size()):
-            raise ValueError(
-                f"a callable loss must return {tuple(chosen.shape)} losses or a scalar tensor, got {describe(losses)}; "
-                "a floating-point dtype is needed"
-            )
-        rewards = [
-            self.beta * (policy.detach() if ref is None else policy.detach() - ref)
-            for policy, ref in ((chosen, ref_chosen), (rejected, ref_rejected))
-        ]
-        return PreferenceOutput(losses.mean(), losses, *rewards)
-
-
-def _check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) -> _Loss:
-    beta = check_number("beta", beta, minimum=0.0, open_minimum=True)
-    if callable(loss):
-        if options:
-            raise TypeError(
-                f"a callable loss takes no options here, got {', '.join(map(repr, options))}: bind them, for instance "
-                "with functools.partial"
-            )
-        return _Loss(None, loss, beta, {}, grad=torch.is_grad_enabled())
-    spec = get_loss(loss)
-    return _Loss(spec, None, beta, spec.check_options(options))
-
-
-def _check_pairs(hidden: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, spec: LossSpec | None) -> None:
-    count = hidden.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if count == 0 or count % 2:
-        raise ValueError(
-            f"a batch of pairs holds all chosen sequences and then all rejected ones, an even number; got {count}"
-        )
-    if ref_logps is None:
-        if spec is not None and spec.needs_reference:
-            raise ValueError(
-                f"loss {spec.name!r} needs the reference's log-probs, but ref_logps is None: compute them by "
-                "linear_sequence_logps with the reference model, under torch.no_grad()"
-            )
-        return
-    if spec is not None and not spec.needs_reference:
-        raise ValueError(f"loss {spec.name!r} has no reference: ref_logps must be None, got {describe(ref_logps)}")
-    check_tensor("ref_logps", ref_logps, floating=True)
-    if ref_logps.shape != (count,) or ref_logps.device != hidden.device:
-        raise ValueError(
-            f"ref_logps must be one log-prob a sequence, shape ({count},) on {hidden.device}, chosen first; got "
-            f"{describe(ref_logps)}"
-        )
-    if ref_logps.requires_grad:
-        raise ValueError("ref_logps requires a gradient, but the reference is a constant: pass ref_logps.detach()")
 
 
 class _LinearPreference(torch.autograd.Function):
@@ -204,13 +151,14 @@ class _LinearPreference(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         ref_logps: Tensor | None,  # (2P,)
         request: Request,
-        loss: _Loss,
+        loss: ChosenLoss,
         reduction: str,
     ) -> tuple[Tensor | None, ...]:
         dh, dw, db = want = ctx.needs_input_grad[:3]
-        rows = find_rows(labels, mask, request.shift, request.ignore_index, weight.shape[0], cu_seqlens)
+        rows = rows_of(labels, mask, weight, request, cu_seqlens)
         pairs = len(rows.counts) // 2
-        margin = loss.spec.margin if loss.spec is not None else None
+        # A part of the head cannot stream: its ranks would communicate at every block.
+        margin = loss.spec.margin if loss.spec is not None and request.shards is None else None
         largest = max((a + b for a, b in zip(rows.counts[:pairs], rows.counts[pairs:], strict=True)), default=0)
         problem = problem_of(
             hidden, weight, rows, request, dh=dh, dw=dw or db,
@@ -226,7 +174,7 @@ class _LinearPreference(torch.autograd.Function):
                 assert margin is not None
                 form = margin(loss.beta, **loss.options)
                 logps, found = stream(
-                    hidden, rows, head, plan, form, lambda some, ref: _coefficients(loss, some, ref)[1], ref_logps,
+                    hidden, rows, head, plan, form, lambda some, ref: coefficients(loss, some, ref)[1], ref_logps,
                     mean=mean, want=want, half=_HALF,
                 )  # fmt: skip
                 output = loss(logps, ref_logps)
@@ -236,24 +184,23 @@ class _LinearPreference(torch.autograd.Function):
                 if plan.dh_in_forward:
                     unscaled = torch.empty(len(rows), hidden.shape[-1], dtype=head.wide, device=hidden.device)
                 done, target = fold_sweep(hidden, rows, head, plan, kept=kept, dh=unscaled)
-                tokens = torch.zeros(labels.numel(), dtype=head.wide, device=hidden.device)
-                tokens[rows.places] = done.logps
+                tokens = rows.spread_out(done.logps, labels)
                 logps, _ = sequence_reduce_op(
-                    tokens.view(labels.shape), labels, mask, cu_seqlens, request.shift, request.ignore_index, mean
+                    tokens, labels, mask, cu_seqlens, request.shift, request.ignore_index, mean
                 )
                 found = (None, None, None)
                 if any(want):
-                    output, slopes = _coefficients(loss, logps, ref_logps)
+                    output, slopes = coefficients(loss, logps, ref_logps)
                     upstream = rows.spread(slopes, mean=mean).to(head.wide)
                     if unscaled is not None:
                         dh_full = rows.scatter(unscaled.mul_(upstream.unsqueeze(1)), zero_gradient(hidden, _HALF))
                         found = (dh_full, None, None)
                     else:
                         found = gradients(
-                            hidden, rows, head, plan, done, target, upstream, kept=kept, want=want, half=_HALF
+                            hidden, rows, head, plan, done, target, Upstream(upstream), kept=kept, want=want, half=_HALF
                         )
                 elif loss.grad:
-                    output, _ = _attached(loss, logps, ref_logps)
+                    output, _ = attached(loss, logps, ref_logps)
                 else:
                     output = loss(logps, ref_logps)
         ctx.gradients, ctx.dtypes = found, [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -287,42 +234,3 @@ class _LinearPreference(torch.autograd.Function):
         found = tuple(x if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
         inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
         return (*Once.mark(found, (grad, *inputs)), *[None] * 7)
-
-
-def _coefficients(
-    loss: _Loss,
-    logps: Tensor,  # (2P,)
-    ref_logps: Tensor | None,
-) -> tuple[PreferenceOutput, Tensor]:
-    """The loss, and the derivatives (2P,) of its mean by each sequence's log-prob, by autograd on 2P numbers."""
-    output, policy = _attached(loss, logps, ref_logps)
-    if not output.loss.requires_grad:
-        raise ValueError("the loss does not depend on the policy's log-probs: a callable must not detach them")
-    (slopes,) = torch.autograd.grad(output.loss, policy)
-    return output, slopes
-
-
-def _attached(loss: _Loss, logps: Tensor, ref_logps: Tensor | None) -> tuple[PreferenceOutput, Tensor]:
-    """The loss with a history that begins at the log-probs (2P,), which are returned too."""
-    with torch.enable_grad():
-        policy = logps.detach().requires_grad_()
-        output = loss(policy, ref_logps)
-    _refuse_other_leaves(output.loss, policy)
-    return output, policy
-
-
-def _refuse_other_leaves(loss: Tensor, policy: Tensor) -> None:
-    """A parameter that a callable reads would go without its gradient: the derivatives taken are those by log-probs."""
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", policy)
-        if leaf is not policy:
-            raise ValueError(
-                f"a callable loss may differentiate by the log-probs alone, but it reads {describe(leaf)} that "
-                "requires a gradient, which would be cut: detach it, or use linear_sequence_logps and your own loss"
-            )
-        todo.extend(following for following, _ in node.next_functions)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backend import validate_labels
+from fastpref.checks import refuse_capture
 from fastpref.tiled import check_labels_in_range, scored_labels
 
 # Rows that are converted or gathered at a time: what that takes besides stays small beside a tile.
@@ -36,6 +37,12 @@ class Rows:
     def places(self) -> Tensor:  # (N,)
         """Where their log-probs stand: with their labels."""
         return self.index + self.shift
+
+    def spread_out(self, values: Tensor, labels: Tensor) -> Tensor:  # (B, T)
+        """(N,) values where their labels stand, 0 or False elsewhere."""
+        out = values.new_zeros(labels.numel())
+        out[self.places] = values
+        return out.view(labels.shape)
 
     def gather(self, x: Tensor, start: int, stop: int) -> Tensor:  # (stop - start, W)
         """Rows start..stop of x (B, T, W): a view where they follow each other in memory."""
@@ -76,6 +83,11 @@ def find_rows(
     cu_seqlens: Tensor | None = None,  # (S + 1,), with packed rows (1, N_total)
 ) -> Rows:
     """The rows that are scored. A label outside [0, V) raises on a CPU and with FASTPREF_VALIDATE=1."""
+    refuse_capture(
+        "the linear path counts the scored rows on the host",
+        "capture the model's layers alone and call it outside of the graph, or take the path from logits "
+        "(fastpref.sequence_logps), which can be captured",
+    )
     scored = scored_labels(labels, mask, ignore_index, shift)  # (B, T - shift)
     if labels.device.type == "cpu" or validate_labels():
         check_labels_in_range(labels, scored, shift, vocab)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.linear.entropy import Upstream
+from fastpref.linear.operands import Head, Kept
 from fastpref.linear.plan import Plan
 from fastpref.linear.rows import Rows
-from fastpref.linear.sweeps import Head, Kept, fold_sweep, gradient_sweep
+from fastpref.linear.sweeps import fold_sweep, gradient_sweep
 from fastpref.linear.tokens import gradient_dtype, zero_gradient
 from fastpref.losses.margin import rejected_per_chosen
 from fastpref.losses.spec import MarginForm, common_dtype
@@ -103,7 +105,7 @@ class _Gradients:
             if self.dh is not None:
                 size = (high - low, self.hidden.shape[-1])
                 sums = torch.zeros(size, dtype=self.head.wide, device=self.hidden.device)
-            upstream = weight.expand(high - low)
+            upstream = Upstream(weight.expand(high - low))
             gradient_sweep(
                 self.hidden, self.rows, self.head, self.plan, done, target, upstream,
                 kept=kept, dh=sums, dw=self.pair_dw, db=self.pair_db, add=self.begun, **span,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref.extras import TokenExtras
+from fastpref.linear.entropy import Upstream
+from fastpref.linear.operands import Head, Kept
 from fastpref.linear.plan import Plan, Problem, machine_of, plan_tokens
 from fastpref.linear.products import precision
 from fastpref.linear.rows import PIECE, Rows, find_rows
-from fastpref.linear.sweeps import Finished, Head, Kept, fold_sweep, gradient_sweep
+from fastpref.linear.statistics import Finished
+from fastpref.linear.sweeps import fold_sweep, gradient_sweep
+from fastpref.parallel.groups import sum_over
+from fastpref.parallel.vocab import VocabShards
 from fastpref.tiled import Transform, zeros_untouched
 
 
@@ -24,25 +31,43 @@ class Request(NamedTuple):
     budget: int
     plan: str | None = None  # a plan's name, to force it
     on_plan: Any = None  # called with the plan, for those who want to know
+    extras: tuple[str, ...] = ()
+    entropy_grad: bool = False
+    shards: VocabShards | None = None  # where weight and bias are this rank's part of them
 
 
 def head_of(weight: Tensor, bias: Tensor | None, request: Request) -> Head:
-    return Head(weight, bias, request.transform, request.operand, machine_of(weight.device))
+    return Head(weight, bias, request.transform, request.operand, machine_of(weight.device), request.shards)
+
+
+def rows_of(
+    labels: Tensor, mask: Tensor | None, weight: Tensor, request: Request, cu_seqlens: Tensor | None = None
+) -> Rows:
+    """The scored rows, with labels that count from the first entry of `weight`."""
+    shards = request.shards
+    vocab = weight.shape[0] if shards is None else shards.vocab
+    rows = find_rows(labels, mask, request.shift, request.ignore_index, vocab, cu_seqlens)
+    return rows if shards is None else replace(rows, labels=rows.labels - shards.offset)
 
 
 def problem_of(
     hidden: Tensor, weight: Tensor, rows: Rows, request: Request, *, dh: bool, dw: bool, **streaming: int
 ) -> Problem:
+    # Of the largest part: from equal problems all ranks make equal plans, and equal errors.
+    sizes = weight.shape[:1] if request.shards is None else request.shards.sizes
     return Problem(
         rows=len(rows),
         hidden_size=hidden.shape[-1],
-        vocab=weight.shape[0],
+        vocab=max(sizes),
         operand=request.operand,
         hidden_dtype=hidden.dtype,
         weight_dtype=weight.dtype,
         hidden=dh,
         weight=dw,
         softcap=bool(request.transform.softcap),
+        sums="entropy" in request.extras or "log_sum_sq_probs" in request.extras,
+        entropy=request.entropy_grad and (dh or dw),
+        ranks=len(sizes),
         **streaming,
     )
 
@@ -77,6 +102,8 @@ class Once(torch.autograd.Function):
 
 
 class LinearTokenLogps(torch.autograd.Function):
+    """Log-probs (B, T); or, where extras are asked for, a tuple of them and one tensor for each of `TokenExtras`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -86,9 +113,9 @@ class LinearTokenLogps(torch.autograd.Function):
         labels: Tensor,  # (B, T)
         mask: Tensor | None,  # (B, T) bool
         request: Request,
-    ) -> Tensor:  # (B, T)
+    ) -> Any:
         dh, dw, db = ctx.needs_input_grad[:3]
-        rows = find_rows(labels, mask, request.shift, request.ignore_index, weight.shape[0])
+        rows = rows_of(labels, mask, weight, request)
         problem = problem_of(hidden, weight, rows, request, dh=dh, dw=dw or db)
         head = head_of(weight, bias, request)
         plan = plan_tokens(problem, head.machine, request.budget, force=request.plan)
@@ -99,27 +126,36 @@ class LinearTokenLogps(torch.autograd.Function):
             unscaled = None
             if plan.dh_in_forward:
                 unscaled = torch.empty(len(rows), hidden.shape[-1], dtype=head.wide, device=hidden.device)
-            done, target = fold_sweep(hidden, rows, head, plan, kept=kept, dh=unscaled)
-        out = torch.zeros(labels.numel(), dtype=head.wide, device=hidden.device)
-        out[rows.places] = done.logps
+            done, target = fold_sweep(hidden, rows, head, plan, kept=kept, dh=unscaled, extras=request.extras)
 
         ctx.rows, ctx.plan, ctx.request = rows, plan, request
         kept_parts = (None, None) if kept is None else (kept.tiles, kept.maxima)
-        saved = () if unscaled is not None else (done.maximum, done.norm, done.rest, target)
+        saved: tuple[Tensor | None, ...] = () if unscaled is not None else (done.maximum, done.norm, done.rest, target)
+        if saved and request.entropy_grad:
+            saved = (*saved, done.extras.entropy)
         ctx.save_for_backward(hidden, weight, bias, unscaled, *kept_parts, *saved)
-        return out.view(labels.shape)
+        logps = rows.spread_out(done.logps, labels)
+        if not request.extras:
+            return logps
+        extras = [None if x is None else rows.spread_out(x, labels) for x in done.extras]
+        ctx.mark_non_differentiable(*(x for x in extras[request.entropy_grad :] if x is not None))
+        ctx.set_materialize_grads(False)
+        return logps, *extras
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, entropy: Tensor | None = None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None and entropy is None:
+            return (None,) * 6
         saved = ctx.saved_tensors  # once: checkpointing gives them no second time
         with torch.no_grad():
-            found = LinearTokenLogps._gradients(ctx, grad, *saved)
-        return *Once.mark(found, (grad, *saved[:3])), *[None] * 3
+            found = LinearTokenLogps._gradients(ctx, grad, entropy, *saved)
+        return *Once.mark(found, (grad, entropy, *saved[:3])), *[None] * 3
 
     @staticmethod
     def _gradients(
         ctx: Any,
-        grad: Tensor,
+        grad: Tensor | None,
+        grad_entropy: Tensor | None,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -130,17 +166,20 @@ class LinearTokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows, plan, request = ctx.rows, ctx.plan, ctx.request
         want_dh, want_dw, want_db = ctx.needs_input_grad[:3]
-        upstream = grad.flatten()[rows.places]
         if unscaled is not None:
+            assert grad is not None  # this plan is not taken where the entropy has a gradient
             dh = zero_gradient(hidden)
-            upstream = upstream.to(unscaled.dtype).unsqueeze(1)
+            by_row = grad.flatten()[rows.places].to(unscaled.dtype).unsqueeze(1)
             for low in range(0, len(rows), PIECE):
                 part = slice(low, low + PIECE)
-                rows.scatter(unscaled[part] * upstream[part], dh, start=low)
+                rows.scatter(unscaled[part] * by_row[part], dh, start=low)
             return dh, None, None
         head = head_of(weight, bias, request)
-        maximum, norm, rest, target = saved
-        done = Finished(maximum, maximum, norm, rest)  # the log-probs themselves are not read again
+        maximum, norm, rest, target, *entropy = saved
+        # The log-probs themselves are not read again.
+        done = Finished(maximum, maximum, norm, rest, TokenExtras(*entropy))
+        logps = torch.zeros_like(maximum) if grad is None else grad.flatten()[rows.places]
+        upstream = Upstream(logps, None if grad_entropy is None else grad_entropy.flatten()[rows.places])
         kept = None if tiles is None or maxima is None else Kept(tiles, maxima)
         with torch.autocast(hidden.device.type, enabled=False), precision(request.operand, hidden.device):
             return gradients(
@@ -164,7 +203,7 @@ def gradients(
     plan: Plan,
     done: Finished,
     target: Tensor,
-    upstream: Tensor,
+    upstream: Upstream,
     *,
     kept: Kept | None,
     want: tuple[bool, bool, bool],
@@ -184,9 +223,10 @@ def gradients(
             block_sums = torch.zeros(stop - start, hidden.shape[-1], dtype=head.wide, device=hidden.device)
             span = slice(start, stop)
             gradient_sweep(
-                hidden, rows, head, plan, done.span(start, stop), target[span], upstream[span],
-                start=start, stop=stop, dh=block_sums,
+                hidden, rows, head, plan, done.span(start, stop), target[span],
+                upstream.span(start, stop), start=start, stop=stop, dh=block_sums,
             )  # fmt: skip
+            _over_ranks(block_sums, head)
             rows.scatter(block_sums, dh_full, start=start)
     sums: Tensor | None = None
     if want_dh and not plan.two_pass:
@@ -194,5 +234,10 @@ def gradients(
     if sums is not None or dw is not None or db is not None:
         gradient_sweep(hidden, rows, head, plan, done, target, upstream, dh=sums, **arguments)
     if sums is not None:
-        dh_full = rows.scatter(sums, zero_gradient(hidden, half))
+        dh_full = rows.scatter(_over_ranks(sums, head), zero_gradient(hidden, half))
     return dh_full, dw, db
+
+
+def _over_ranks(dh: Tensor, head: Head) -> Tensor:
+    """Each rank has what its part of the vocabulary gives of dh; in float32, before it is rounded."""
+    return dh if head.shards is None else sum_over(dh, head.shards.among)

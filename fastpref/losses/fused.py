@@ -88,6 +88,10 @@ class _MarginLoss(torch.autograd.Function):
     setup_context = staticmethod(_save_coefficients)
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        raise NotImplementedError(_ONCE.format("torch.func.vmap"))
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return (*_Product.apply(grad, *ctx.saved_tensors), None, None, None, None)
 
