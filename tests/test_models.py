@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ def test_options_mean_what_they_mean_for_sequence_logps() -> None:
 
 
 def test_logits_are_never_built_and_the_check_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head's own product sees a few rows in the first call, none in later ones; a new weight is a new head."""
+    """The head's own product sees a few rows in the first call, later ones do without; a new weight is a new head."""
     model, batch = build("llama"), make_batch()
     rows = []
     linear = nn.Linear.forward
@@ -248,10 +249,10 @@ def test_logits_are_never_built_and_the_check_is_made_once(monkeypatch: pytest.M
     monkeypatch.setattr(nn.Linear, "forward", counted)
     for _ in range(3):
         of_hidden(model, batch)
-    assert rows == [12, 0, 0]
+    assert rows == [12]
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
     of_hidden(model, batch)
-    assert rows == [12, 0, 0, 12]
+    assert rows == [12, 12]
     assert "forward" not in vars(model.lm_head)
 
 
@@ -261,6 +262,63 @@ def test_a_failing_forward_leaves_the_head_as_it_was() -> None:
         of_hidden(model, {**batch, "input_ids": batch["input_ids"] + V})
     assert "forward" not in vars(model.lm_head)
     torch.testing.assert_close(of_hidden(model, batch), of_logits(model, batch), rtol=1e-5, atol=0)
+
+
+def test_outputs_without_names_raise_and_say_why() -> None:
+    model, batch = build("llama"), make_batch()
+    with pytest.raises(ValueError, match=r"gave a tuple, not an output with logits: drop return_dict=False"):
+        of_hidden(model, {**batch, "return_dict": False})
+
+
+def test_a_head_whose_weight_accelerate_brings_for_its_forward() -> None:
+    """Offloaded parameters are on the meta device everywhere else."""
+    from accelerate import cpu_offload
+
+    model, batch = build("llama"), make_batch()
+    with torch.no_grad():
+        expected = of_logits(model, batch)
+        offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+        for _ in range(2):
+            torch.testing.assert_close(of_hidden(offloaded, batch), expected, rtol=1e-5, atol=0)
+    assert model.lm_head.weight.is_meta
+
+
+def test_two_threads_are_never_given_each_others_scores() -> None:
+    """While one scores, the other may call the model itself; to score it has to wait, and is told so."""
+    model, batch = build("llama"), make_batch()
+    expected, found = of_logits(model, batch), []
+
+    def other() -> None:
+        found.append(of_logits(model, batch))
+        with pytest.raises(RuntimeError, match="another thread is scoring with this model"):
+            of_hidden(model, batch)
+        found.append(True)
+
+    def meanwhile(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[0].register_forward_pre_hook(meanwhile)
+    torch.testing.assert_close(of_hidden(model, batch), expected, rtol=1e-5, atol=0)
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(of_hidden(model, batch), expected, rtol=1e-5, atol=0)
+
+
+def test_a_call_inside_of_another_on_the_same_model_is_its_own() -> None:
+    model, batch, inner = build("llama"), make_batch(), []
+    other = {name: x.flip(0) for name, x in batch.items()}
+    expected = of_logits(model, batch)
+
+    def nested(*_: Any) -> None:
+        handle.remove()
+        inner.append(of_hidden(model, other))
+
+    handle = model.model.layers[0].register_forward_pre_hook(nested)
+    torch.testing.assert_close(of_hidden(model, batch), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(inner[0], expected.flip(0), rtol=1e-5, atol=0)
 
 
 def test_without_gradient_there_is_none_and_train_mode_is_fine() -> None:
@@ -293,7 +351,7 @@ def test_bfloat16_weights_round_no_worse_than_their_logits(name: str) -> None:
 def test_the_head_is_taken_under_autocast_as_it_was_set_where_the_head_is(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accelerate leaves autocast with the model's forward; and no call but the first converts the head's weight."""
+    """Accelerate leaves autocast with the model's forward; and no call but the first computes with the head."""
     model, batch = build("llama"), make_batch()
     full = of_logits(model, batch)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
@@ -319,9 +377,7 @@ def test_the_head_is_taken_under_autocast_as_it_was_set_where_the_head_is(
     else:
         monkeypatch.setattr(model, "forward", autocast(model.forward))
         found = [of_hidden(model, batch) for _ in range(2)]
-    assert seen == [
-        ("head's product", True), ("ours", True), ("head's product", False), ("ours", True),
-    ]  # fmt: skip
+    assert seen == [("head's product", True), ("ours", True), ("ours", True)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     assert not torch.is_autocast_enabled("cpu")
     assert (found[0] - full).abs().max() > 1e-3  # the layers' products were made in bfloat16
@@ -366,27 +422,33 @@ def test_a_compiled_model_gives_the_same_for_every_batch() -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("unit", ["head in the root", "head alone", "one unit for all"])
 @pytest.mark.parametrize("reshard", [False, None, True])
-def test_a_head_under_fsdp_trains_while_it_is_gathered_and_raises_where_it_is_not(
-    reshard: bool | None, tmp_path: Path
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_under_fsdp_trains_however_it_is_sharded(
+    tied: bool, reshard: bool | None, unit: str, tmp_path: Path
 ) -> None:
-    """By default FSDP2 keeps what belongs to the root module, the head, gathered from forward to backward."""
+    """With `reshard` its weight is there in its forward, gone after it, and gathered again for its gradient."""
     from torch.distributed.fsdp import fully_shard
 
+    if tied and unit == "head alone":
+        pytest.skip("a weight belongs to one unit")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
-        model, batch = build("llama"), make_batch()
+        model, batch = build("llama", tie_word_embeddings=tied), make_batch()
         expected, _ = gradients(model, of_logits(model, batch))
-        for layer in model.model.layers:
-            fully_shard(layer)
+        if unit != "one unit for all":
+            for layer in model.model.layers:
+                fully_shard(layer)
+        if unit == "head alone":
+            fully_shard(model.lm_head, reshard_after_forward=bool(reshard))
         fully_shard(model, reshard_after_forward=reshard)
-        if reshard:
-            with pytest.raises(ValueError, match=r"weight is sharded .*FSDP2: reshard_after_forward=False"):
-                of_hidden(model, batch)
-            return
         for _ in range(2):
             model.zero_grad()
-            gradients(model, of_hidden(model, batch))
+            logps = of_hidden(model, batch)
+            if reshard:
+                assert hasattr(model.lm_head.weight, "full_tensor")
+            gradients(model, logps)
             found = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     finally:
@@ -396,7 +458,8 @@ def test_a_head_under_fsdp_trains_while_it_is_gathered_and_raises_where_it_is_no
 def test_every_option_of_the_linear_path_that_makes_sense_here_is_an_option() -> None:
     theirs = set(inspect.signature(linear_sequence_logps).parameters)
     ours = set(inspect.signature(model_logps).parameters)
-    # Labels carry the mask and come unshifted; packing is the model's affair; the rest is read from the model.
+    # Labels carry the mask and come unshifted; packing is the model's affair; the rest is read from the model, and who
+    # splits a model's vocabulary or sequences has a head and hidden states to call the linear path with.
     left_out = {"hidden", "weight", "bias", "labels", "mask", "shift", "cu_seqlens", "return_lengths",
-                "logit_scale", "softcap"}  # fmt: skip
+                "logit_scale", "softcap", "vocab_group", "context_group", "context_layout"}  # fmt: skip
     assert theirs - ours == left_out

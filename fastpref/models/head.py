@@ -6,6 +6,7 @@ The transforms are read from the model's config, and held against the model itse
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,15 +44,23 @@ class Transforms:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class HeadCall:
-    hidden: Tensor  # (B, T, H), what the model gave to its head
-    probes: Tensor  # (1, R, H), what the head got to see of it
-    autocast: torch.autocast  # as it was set there: Accelerate enters it in the model's forward only
+    """What the head's one call left."""
+
+    weight: Tensor | None = None  # (V, H)
+    scores: tuple[Any, ...] = ()  # what `score` gave
+    logits: Tensor | None = (
+        None  # (1, R, V), of the rows that are checked: what the head's weight and bias make of them
+    )
+    checked: bool = False  # whether there are such rows
+    thread: int = dataclasses.field(default_factory=threading.get_ident)
 
 
 # The weight and the transforms with which a model was checked.
 checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Transforms]] = weakref.WeakKeyDictionary()
+# The call that scores with a head now.
+_scoring: weakref.WeakKeyDictionary[nn.Module, HeadCall] = weakref.WeakKeyDictionary()
 
 
 def unwrap(model: Any) -> Any:
@@ -110,45 +119,109 @@ def check_transforms(transforms: Mapping[str, float]) -> Transforms:
     return Transforms(**transforms)
 
 
+class _Attach(torch.autograd.Function):
+    """Logits that nobody differentiates, made to hang on the scores: their gradients by way of it are zeros.
+
+    Whoever looks at the model's outputs then finds the head's parameters and the backbone behind them: DDP, which
+    searches for parameters without a gradient; FSDP2 and ZeRO-3, which gather a weight again when the gradient of a
+    module's output arrives, and so before the scores' own backward reads that weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *scores: Tensor) -> Tensor:
+        ctx.like = [(score.shape, score.dtype, score.device) for score in scores]
+        return logits.clone()  # FSDP2 warns of views, and a model may write into its logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+class _Through(torch.autograd.Function):
+    """Scores as they are, which wait in the backward for whatever watches the model's outputs; see _Attach."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *scores: Tensor) -> Any:
+        ctx.like = logits.shape, logits.dtype, logits.device
+        return tuple(score.view_as(score) for score in scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device), *grads
+
+
+def through(logits: Tensor, scores: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`scores`, those with a gradient tied to the model's `logits`."""
+    tied = [score for score in scores if isinstance(score, Tensor) and score.requires_grad]
+    if not (tied and logits.requires_grad):
+        return scores
+    after = iter(_Through.apply(logits, *tied))
+    return tuple(next(after) if isinstance(x, Tensor) and x.requires_grad else x for x in scores)
+
+
 @contextmanager
 def without_logits(
-    head: Any, shape: tuple[int, ...], probed: Callable[[], Tensor], weight_checked: weakref.ref[Tensor] | None
-) -> Iterator[list[HeadCall]]:
-    """The head's forward keeps what it is given in the list; it computes a few rows, or none with a checked weight.
+    head: Any,
+    shape: tuple[int, ...],
+    probed: Callable[[], Tensor],
+    weight_checked: weakref.ref[Tensor] | None,
+    score: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]],
+) -> Iterator[HeadCall]:
+    """The head gives `score(hidden, weight, bias)`, and logits of a few rows, or of none with a checked weight.
 
-    `shape` is (B, T), `probed` gives the flat positions of the rows that are checked.
+    All of it inside the head's own forward: that is where a sharded weight is whole, and where autocast is as it was
+    set for the model. `shape` is (B, T), `probed` gives the flat positions of the rows that are checked.
     """
-    calls: list[HeadCall] = []
-    original, own = head.forward, vars(head).get("forward")
+    call, times = HeadCall(), 0
+    around = _scoring.setdefault(head, call)  # a call in whose forward this one is made, or this one
+    if around.thread != call.thread:
+        raise RuntimeError("another thread is scoring with this model: let one call end before the next, under a lock")
+    _scoring[head] = call
+    # Inside of Accelerate's hooks, which bring an offloaded weight.
+    place = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    original, own = getattr(head, place), vars(head).get(place)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal times
+        # Another thread, or a call inside of this one, means the head itself. Compiled code cannot ask.
+        if not torch.compiler.is_compiling() and (
+            threading.get_ident() != call.thread or _scoring.get(head) is not call
+        ):
+            return original(*args, **kwargs)
+        times += 1
         hidden = args[0] if len(args) == 1 and not kwargs else None
-        if calls or not (isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == shape):
+        if times > 1 or not (isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == shape):
             seen = ", ".join(map(describe, [*args, *kwargs.values()])) or "nothing"
             raise ValueError(
                 f"the head must be called once, with hidden states (B, T, H) where labels are {tuple(shape)}; "
-                f"call {len(calls) + 1} got {seen}. For such a model {INSTEAD}"
+                f"call {times} got {seen}. For such a model {INSTEAD}"
             )
+        weight, bias = head_parameters(head, hidden)
+        hidden = hidden.to(weight.device)  # a model may be spread over several devices
         # A head with another weight (resized embeddings, another adapter) is another head. FSDP shows it only here.
-        check = weight_checked is None or weight_checked() is not head.weight
-        device = hidden.device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        probes = _stretched(hidden.flatten(0, 1)[probed().to(hidden.device)]) if check else hidden[:1, :0]
-        calls.append(HeadCall(hidden, probes, torch.autocast(device, dtype=dtype, enabled=enabled)))
-        if check:
-            return original(probes)
-        # No row, but tied to the head's parameters and the backbone, which DDP looks for in the outputs. Autocast
-        # would convert the whole weight for it.
-        with torch.autocast(device, enabled=False):
-            return original(probes.to(head.weight.dtype))
+        call.checked = weight_checked is None or weight_checked() is not head.weight
+        call.weight = weight
+        if call.checked:
+            with torch.no_grad():
+                probes = _stretched(hidden.flatten(0, 1)[probed().to(hidden.device)])
+                call.logits, shown = linear(probes, weight, bias), original(probes)
+        else:
+            shown = hidden.new_empty(1, 0, len(weight))
+        call.scores = score(hidden, weight, bias)
+        return _Attach.apply(shown, *(x for x in call.scores if isinstance(x, Tensor) and x.requires_grad))
 
-    head.forward = forward
+    setattr(head, place, forward)
     try:
-        yield calls
+        yield call
     finally:
-        del head.forward
+        delattr(head, place)
         if own is not None:
-            head.forward = own
+            setattr(head, place, own)
+        if around is call:
+            del _scoring[head]
+        else:
+            _scoring[head] = around
 
 
 def first_scored(labels: Tensor, ignore_index: int) -> Tensor:  # (R,) int64
@@ -174,9 +247,10 @@ def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | N
         )
     if hasattr(weight, "full_tensor") or weight.numel() == 0:
         raise ValueError(
-            f"the head's weight is sharded (here {tuple(weight.shape)}): keep it gathered from forward to backward "
-            "(FSDP2: reshard_after_forward=False for the root module; DeepSpeed: ZeRO stage 2; or leave the head "
-            f"unsharded), or {INSTEAD}"
+            f"the head's weight is sharded (here {tuple(weight.shape)}) even in its own forward. Under FSDP2 and "
+            "ZeRO-3 it is whole there: pass the model that was wrapped (the engine, the FSDP module), no part of it. "
+            "A tensor-parallel head is not: take its input and linear_sequence_logps(hidden, weight, labels, "
+            f"vocab_group=...), or {INSTEAD}"
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.shape[1:] != hidden.shape[-1:]:
         raise ValueError(
@@ -188,20 +262,19 @@ def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | N
 
 
 @torch.no_grad()
-def check_logits(
-    model: nn.Module, logits: Any, call: HeadCall, weight: Tensor, bias: Tensor | None, transforms: Transforms
-) -> None:
+def check_logits(model: nn.Module, logits: Any, call: HeadCall, transforms: Transforms) -> None:
     """Hold the model's logits of the rows that its head saw against ours; a check that says nothing is made again."""
-    name, wanted = type(model).__name__, (*call.probes.shape[:-1], weight.shape[0])
+    assert call.weight is not None
+    product = call.logits if call.logits is not None else call.weight.new_empty(1, 0, len(call.weight))
+    name, wanted = type(model).__name__, product.shape
     advice = f'say what it does to them with transforms={{"logit_scale": ..., "softcap": ...}}, or {INSTEAD}'
     if not isinstance(logits, Tensor) or logits.shape != wanted:
         raise ValueError(
-            f"{name} was to give logits {wanted} for the rows that its head saw, and gave {describe(logits)}: it cuts, "
-            f"pads or withholds them. For such a model {INSTEAD}"
+            f"{name} was to give logits {tuple(wanted)} for the rows that its head saw, and gave {describe(logits)}: "
+            f"it cuts, pads or withholds them. For such a model {INSTEAD}"
         )
-    if not call.probes.shape[1]:
+    if not call.checked:
         return
-    product = linear(call.probes.to(weight.device), weight, bias)
     want, limits = transforms(product.float()), torch.finfo(product.dtype)
     got, size = logits.to(want.device).float(), want.abs().amax(-1, keepdim=True)
     # A row of zeros agrees with every scale, and one that overflows with nothing.
@@ -221,4 +294,4 @@ def check_logits(
             f"logit_scale={transforms.logit_scale:g}, softcap={transforms.softcap}: {advice}"
         )
     if tells.any():
-        checked[model] = (weakref.ref(weight), transforms)
+        checked[model] = (weakref.ref(call.weight), transforms)

@@ -6,9 +6,8 @@ which shard weights, gradients and optimiser state, and gather a layer's weights
 What sharding asks of everybody else:
 
 - Every forward is a collective: all processes make as many of them (`deal` gives out the pairs accordingly).
-- The head's weight is read after the model's forward, by the log-probs and in their backward, so it stays gathered from
-  the forward until its gradient is there: `wrap` sees to it. Evaluation and reference pass leave it gathered, unchanged
-  until the next backward.
+- Log-probs are made in the head's own forward, where its weight is whole; their backward has it gathered again.
+- Evaluation and reference pass may leave the root's weights gathered, unchanged until the next backward.
 - After `wrap` the parameters of `run.model` may be shards: whole ones come from `model_state` and `whole_weights`.
 """
 
@@ -84,28 +83,7 @@ def wrap(accelerator: Any, model: Any, optimizer: Any, config: TrainConfig) -> t
     """
     if zero3.in_use(accelerator):
         return zero3.wrap(accelerator, model, optimizer, config)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.is_fsdp2:
-        _keep_head_gathered(wrapped)
-    return wrapped, optimizer
-
-
-def _keep_head_gathered(model: Any) -> None:
-    """Keep the head's weight whole from its forward until its gradient was reduced, which torch does at that place."""
-    head = model.get_output_embeddings()
-    owner, layers = model, 0
-    for unit in _units(model):
-        holds_head = head in unit.modules()
-        owner = unit if holds_head else owner  # parents come first: the last one found is the nearest
-        layers += not holds_head and any(True for _ in unit.children())
-    # The log-probs leave the model by way of the head's input, so that only its layers tell FSDP of the backward.
-    if not layers:
-        raise UsageError(
-            "this launch shards the model as one unit, which would gather all of it at once: set "
-            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and, if the model does not say it itself, "
-            "fsdp_transformer_layer_cls_to_wrap (the class of its layers)"
-        )
-    owner.set_reshard_after_forward(False, recurse=False)
+    return accelerator.prepare(model, optimizer)
 
 
 def _units(model: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 as the loop uses it: how its engine keeps the head gathered, steps, and gives out whole states.
+"""DeepSpeed ZeRO-3 as the loop uses it: how its engine steps and gives out whole states.
 
 DeepSpeed's engine owns backward, clipping and step. Its shards come from and go back to whole tensors by name, so that
 a checkpoint has the same form as without it.
@@ -58,19 +58,7 @@ def wrap(accelerator: Any, model: Any, optimizer: Any, config: TrainConfig) -> t
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     engine, _ = accelerator.prepare(model, optimizer)
     _build_whole(accelerator.deepspeed_plugin)
-    _keep_head_gathered(model, engine)
     return engine, _EngineOptimizer(engine)
-
-
-def _keep_head_gathered(model: Any, engine: Any) -> None:
-    """Make the head's parameters persistent: gathered after each step, and released by nobody in between."""
-    persistent = engine.optimizer.persistent_parameters
-    added = [p for p in model.get_output_embeddings().parameters() if not p.ds_persist]
-    for parameter in added:
-        parameter.ds_persist = True
-    persistent.extend(added)
-    if persistent:
-        persistent[0].all_gather(persistent)
 
 
 class _EngineOptimizer:
