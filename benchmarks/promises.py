@@ -33,6 +33,8 @@ GPU_PEAK_MIB = {"linear-half": 1.1 * 1024, "linear-long": 3.0 * 1024}
 # Of whole training runs on a CPU: so many times faster, a share of the peak, losses, the share outside the layers.
 TRAINING_FASTER_THAN = {"trl": 8.0, "plain": 3.0}
 TRAINING_PEAK_OF_TRLS, TRAINING_LOSSES, TRAINING_OUTSIDE_LAYERS = 0.4, 1e-4, 0.25
+# Of TRL's own trainer with fastpref inside, against the same without.
+INSIDE_TRL_FASTER, INSIDE_TRL_PEAK = 4.0, 0.5
 TRAINING_FASTER_ON_GPU = 2.0
 LONGEST_OVER_PLAIN = 8.0
 
@@ -159,6 +161,12 @@ def _training_on_cpu(rows: Sequence[Row]) -> list[Promise]:
         if ours and trl:
             share = ours["peak_bytes"] / trl["peak_bytes"]
             promises.append(Promise(case, "of the peak of trl's process", share, TRAINING_PEAK_OF_TRLS, False))
+        inside = here.get("trl_fastpref")
+        if inside and trl:
+            faster, share = _times(trl, inside), inside["peak_bytes"] / trl["peak_bytes"]
+            promises.append(Promise(case, "times faster a step with fastpref in trl", faster, INSIDE_TRL_FASTER, True))
+            what = "of the peak of trl's process with fastpref in trl"
+            promises.append(Promise(case, what, share, INSIDE_TRL_PEAK, False))
         if ours and ours["dtype"] == "fp32" and ours["loss_error_against"] in here:
             what = f"of {ours['loss_error_against']}'s loss at the step that is furthest from it"
             promises.append(Promise(case, what, ours["loss_error"], TRAINING_LOSSES, False))

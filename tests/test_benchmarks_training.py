@@ -188,6 +188,7 @@ def test_the_promises_of_training_are_judged_where_their_rows_are() -> None:
     rows = [a_row("fastpref"), a_row("trl", step=17.0, peak=2000), a_row("plain", step=5.0)]
     compare_losses(rows)
     rows.append(a_row("fastpref", case="training-share"))
+    rows.append(a_row("trl_fastpref", step=4.0, peak=1010))
     longest = {"suite": "longest", "case": "longest-training"}
     rows += [{**longest, "provider": "fastpref", "longest": 900}, {**longest, "provider": "plain", "longest": 100}]
     verdicts = {(p.case, p.what): (round(p.got, 3), p.met) for p in judge(rows, "cpu")}
@@ -195,6 +196,8 @@ def test_the_promises_of_training_are_judged_where_their_rows_are() -> None:
         ("training-fp32", "times faster a step than trl"): (8.5, True),
         ("training-fp32", "times faster a step than plain"): (2.5, False),
         ("training-fp32", "of the peak of trl's process"): (0.45, False),
+        ("training-fp32", "times faster a step with fastpref in trl"): (4.25, True),
+        ("training-fp32", "of the peak of trl's process with fastpref in trl"): (0.505, False),
         ("training-fp32", "of trl's loss at the step that is furthest from it"): (0.0, True),
         ("training-share", "of a step outside the layers"): (0.25, True),
         ("longest-training", "times the plain loop's longest pair"): (9.0, True),

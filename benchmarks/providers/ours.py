@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastpref
+from fastpref.extras import EXTRAS
 from fastpref.losses import dpo_loss, dpop_loss
 
 from ..cases import LinearCase
@@ -27,6 +28,10 @@ def _logps_inplace(logits: Tensor, labels: Tensor) -> Tensor:
     return cast(Tensor, fastpref.sequence_logps(logits, labels, inplace_backward=True))
 
 
+def _logps_extras(logits: Tensor, labels: Tensor) -> Tensor:
+    return fastpref.sequence_logps(logits, labels, extras=EXTRAS)[0]
+
+
 def _linear(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
     return fastpref.linear_preference_loss(
         hidden, weight, labels, ref_logps, loss="sigmoid", beta=BETA, memory_budget=case.budget
@@ -36,6 +41,11 @@ def _linear(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, c
 def _linear_logps(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
     logps = fastpref.linear_sequence_logps(hidden, weight, labels, memory_budget=case.budget)
     return dpo_of_logps(cast(Tensor, logps), ref_logps)
+
+
+def _linear_extras(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
+    logps, _ = fastpref.linear_sequence_logps(hidden, weight, labels, memory_budget=case.budget, extras=EXTRAS)
+    return dpo_of_logps(logps, ref_logps)
 
 
 def _linear_logits(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
@@ -52,10 +62,12 @@ def _loss(loss: str, *pairs: Tensor) -> Tensor:
 LOGPS = (
     Provider("fastpref", _logps, "fastpref", "fastpref.sequence_logps"),
     Provider("inplace", _logps_inplace, "fastpref", "fastpref.sequence_logps, inplace_backward=True", spoils=True),
+    Provider("extras", _logps_extras, "fastpref", f"fastpref.sequence_logps, extras={EXTRAS}"),
 )
 LINEAR = (
     Provider("fastpref", _linear, "fastpref", "fastpref.linear_preference_loss"),
     Provider("fastpref_logps", _linear_logps, "fastpref", "fastpref.linear_sequence_logps, then dpo_loss"),
+    Provider("extras", _linear_extras, "fastpref", f"fastpref.linear_sequence_logps, extras={EXTRAS}, then dpo_loss"),
     Provider(
         "logits",
         _linear_logits,

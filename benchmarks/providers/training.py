@@ -129,11 +129,13 @@ def _plain_cached(inputs: Inputs) -> list[float]:
     return _plain(inputs, cached=True)
 
 
-def _trl(inputs: Inputs, **options: Any) -> list[float]:
+def _trl(inputs: Inputs, trainer_class: Any = None, **options: Any) -> list[float]:
     """DPOTrainer.train() from the folder, as its documentation starts it; a frozen reference is its own affair."""
     import datasets
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
+
+    trainer_class = trainer_class or DPOTrainer
 
     case = inputs.case
     if case.checkpointing:
@@ -160,7 +162,7 @@ def _trl(inputs: Inputs, **options: Any) -> list[float]:
         )
         wanted = [pair for pairs in inputs.steps for pair in pairs]
         rows = [{name: inputs.rows[pair["row"]][name] for name in ("prompt", *RESPONSES)} for pair in wanted]
-        trainer = DPOTrainer(
+        trainer = trainer_class(
             model=inputs.initial,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
@@ -199,6 +201,12 @@ def _trl_liger(inputs: Inputs) -> list[float]:
     return _trl(inputs, precompute_ref_log_probs=True, use_liger_kernel=True)
 
 
+def _trl_fastpref(inputs: Inputs) -> list[float]:
+    from fastpref.integrations.trl import FastPrefDPOTrainer
+
+    return _trl(inputs, FastPrefDPOTrainer)
+
+
 _BASE = {"transformers": "transformers", "accelerate": "accelerate"}
 _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 
@@ -206,6 +214,13 @@ _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 TRAINING = (
     Provider("fastpref", _fastpref, "fastpref", "fastpref.train as it is by default", modules=_BASE),
     Provider("trl", _trl, "trl", "DPOTrainer.train() as it is by default", rival=True, modules=_TRL),
+    Provider(
+        "trl_fastpref",
+        _trl_fastpref,
+        "fastpref",
+        "FastPrefDPOTrainer.train(), the DPOConfig of `trl`",
+        modules=_TRL,
+    ),
     Provider("plain", _plain, "plain", "policy and frozen reference, float().log_softmax(-1), gather", modules=_BASE),
     Provider(
         "plain_cached", _plain_cached, "plain", "the same, the reference's log-probs computed once", modules=_BASE

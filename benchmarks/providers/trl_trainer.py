@@ -41,7 +41,7 @@ def build_trainer(model: Any, *, liger: bool) -> Any:
                 disable_tqdm=True,
             )
             pair = datasets.Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}])
-            trainer = DPOTrainer(model=model, args=config, train_dataset=pair, processing_class=_tokenizer())
+            trainer: Any = DPOTrainer(model=model, args=config, train_dataset=pair, processing_class=_tokenizer())
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -22,6 +22,7 @@ from .linear_truth import LinearTruth
 _MOST = (
     "fastpref",
     "fastpref_logps",
+    "extras",
     "logits",
     "plain",
     "plain_fp32",
@@ -60,7 +61,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
 }
 # Without gradients: what the reference's log-probs cost. In the cases that have "all" or "most" beside fastpref, which
 # are also those where the memory of the slow ones is measured on a CPU: it is a call more, and much the same elsewhere.
-FORWARD = ("products", "fastpref_logps", "plain")
+FORWARD = ("products", "fastpref_logps", "extras", "plain")
 THOROUGH = ("all", "most", "lengths")
 # The products are tried on so much of the vocabulary before they are timed.
 TRIAL_VOCAB = 32768

@@ -18,6 +18,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "all": (
         "fastpref",
         "inplace",
+        "extras",
         "plain",
         "plain_16bit",
         "cross_entropy",
@@ -31,7 +32,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "lengths": ("fastpref", "plain", "plain_16bit", "cross_entropy_nocopy", "trl", "liger", "quack"),
 }
 # Forward alone is timed where it is cheap to, or of interest: the headline and every case of a GPU.
-FORWARD = ("fastpref", "plain", "cross_entropy")
+FORWARD = ("fastpref", "extras", "plain", "cross_entropy")
 TRUTH_ROWS = 4
 
 
