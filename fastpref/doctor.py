@@ -20,6 +20,7 @@ from torch import Tensor
 import fastpref
 from fastpref import backend
 from fastpref.environment import package_version, variables
+from fastpref.integrations import tested
 
 CORE = ("torch", "triton", "numpy")
 TRAIN_EXTRA = (
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"fastpref {fastpref.__version__}, Python {platform.python_version()}, {platform.platform()}")
     _section("packages", [_version(name) for name in CORE])
     _section("[train] extra", [_version(name) for name in TRAIN_EXTRA])
+    _section("trainers", _trainers())
     _section("devices", _devices())
     _section(
         "environment",
@@ -69,6 +71,17 @@ def _version(name: str) -> str:
         hint = ": pip install 'fastpref[train]'" if name in TRAIN_EXTRA else ""
         return f"{name:<13} not installed{hint}"
     return f"{name:<13} {package_version(name) or 'found, without a version'}"
+
+
+def _trainers() -> list[str]:
+    """Trainers that `fastpref.integrations` serves; only TRL's own code is overridden, so only its version matters."""
+    lines = [f"{name:<13} {package_version(name)}" for name in ("verl", "openrlhf") if package_version(name)]
+    found = package_version("trl")
+    if found is None:
+        return ["trl           not installed: pip install 'fastpref[trl]'", *lines]
+    if tested.in_range(found, tested.TRL):
+        return [f"trl           {found}, in the tested range ({tested.TRL}.*)", *lines]
+    return [f"trl           {found}, outside the tested range: pip install 'trl=={tested.TRL}.*'", *lines]
 
 
 def _devices() -> list[str]:

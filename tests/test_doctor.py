@@ -102,6 +102,27 @@ def test_a_backend_that_does_not_exist_is_reported_and_fails(
     assert "FASTPREF_BACKEND must be one of auto, torch, triton, got 'cuda'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (None, "trl           not installed: pip install 'fastpref[trl]'\n"),
+        ("1.16.3", "trl           1.16.3, in the tested range (1.16.*)\n"),
+        ("1.17.0", "trl           1.17.0, outside the tested range: pip install 'trl==1.16.*'\n"),
+        ("1.160.0", "trl           1.160.0, outside the tested range: pip install 'trl==1.16.*'\n"),
+    ],
+    ids=str,
+)
+def test_a_trl_outside_the_tested_range_is_said_so(
+    found: str | None, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "package_version", lambda name: {"trl": found, "verl": "0.9.0"}.get(name))
+    assert doctor.main(["--device", "cpu"]) == 0, "a trainer's version does not make the installation wrong"
+    printed = capsys.readouterr().out
+    assert line in printed
+    assert "verl          0.9.0\n" in printed
+    assert "openrlhf" not in printed
+
+
 def test_it_works_without_triton_and_without_the_train_extra(tmp_path: Path) -> None:
     code, printed = run_doctor(tmp_path, hide=("triton", "transformers", "datasets", "accelerate"))
     assert code == 0, printed

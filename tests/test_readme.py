@@ -71,3 +71,66 @@ def test_the_code_for_shared_rows_runs_as_it_stands_and_agrees_with_the_truth():
         labels = row.masked_fill(torch.arange(len(ids)) < start, -100)
         truth = fastpref.reference.sequence_logps(model(input_ids=row).logits, labels, dtype=torch.float64)
         torch.testing.assert_close(found[None].double(), truth, rtol=1e-6, atol=0)
+
+
+def test_every_swap_of_a_trainer_is_an_import_that_works():
+    lines = re.findall(r"`(from fastpref\.integrations[^`]*)`", README)
+    trainers = {re.match(r"from fastpref\.integrations\.(\w+) ", line)[1] for line in lines}
+    assert trainers == {"trl", "verl", "openrlhf", "dpo", "minimind"}
+    for line in lines:
+        if ".trl " not in line:  # its own tests import TRL
+            exec(line, {})
+
+
+def test_the_lines_for_llama_factory_and_nemo_rl_give_what_they_replace():
+    generator = torch.Generator().manual_seed(0)
+    logits, input_ids = torch.randn(2, 6, 13, generator=generator), torch.randint(13, (2, 6), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :2] = -100
+    by_token = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    scored = labels[:, 1:] != -100
+
+    (line,) = re.findall(r"`(all_logps, valid_length = [^`]*)`", README)
+    names = {"fastpref": fastpref, "all_logits": logits, "labels": labels}
+    exec(line, names)
+    torch.testing.assert_close(names["all_logps"], (by_token * scored).sum(1))
+    assert torch.equal(names["valid_length"], scored.sum(1))
+
+    (line,) = re.findall(r"`per_token_logps = ([^`]*)`", README)
+    torch.testing.assert_close(eval(line, {**names, "logits": logits}), by_token * scored)
+
+    names |= {"next_token_logits": logits, "logits": logits, "input_ids": input_ids}
+    lines = re.findall(r"`(?:logprobs =|return) (fastpref\.token_logps[^`]*)`", README)
+    assert len(lines) == 2
+    for line in lines:
+        torch.testing.assert_close(eval(line, names), by_token)
+
+
+def test_the_code_for_process_groups_runs_as_it_stands_and_agrees_with_the_truth():
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "vocab_group" in code]
+    hidden, weight = torch.randn(2, 6, 8), torch.randn(13, 8)
+    labels = torch.randint(13, (2, 6))
+    truth = fastpref.reference.sequence_logps(hidden @ weight.T, labels, dtype=torch.float64)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        whole = torch.distributed.group.WORLD
+        names = {
+            "fastpref": fastpref,
+            "tensor_group": whole,
+            "context_group": whole,
+            "hidden": hidden,
+            "labels": labels,
+        }
+        names |= {"weight": weight, "weight_part": weight, "logits_part": hidden @ weight.T, "hidden_piece": hidden}
+        names |= {"logits_piece": hidden @ weight.T, "labels_piece": labels}
+        for line in re.findall(r"^policy = .*", code, re.MULTILINE):
+            exec(line, names)
+            torch.testing.assert_close(names["policy"].double(), truth, rtol=1e-6, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ci_installs_what_the_readme_s_test_command_installs():
+    extras = r'pip install (?:--quiet )?-c constraints\.txt -e "(\.\[[\w,]*test\])"'
+    ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(extras, README) == re.findall(extras, ci) == [".[train,trl,test]"]
