@@ -2,7 +2,7 @@
 
     python -m fastpref.benchmarks.sweep [--tiny] [--json FILE]
 
-On a GPU: block sizes and warps of the kernels in kernels/logps.py, each kernel alone, as shares of a copy's bandwidth.
+On a GPU: block sizes and warps of the kernels in kernels/logps*.py, each kernel alone, as shares of a copy's bandwidth.
 On a CPU: the elements that a thread's tile holds in fastpref/tiled.py, through the public function. The rows justify
 the sizes that stand there. `--tiny` proves the script where nothing is to be learnt; with TRITON_INTERPRET=1 it runs
 the kernels' part without a GPU.
@@ -52,20 +52,20 @@ Calls = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Callable[[], Any], i
 
 def kernel_calls(case: LogpsCase, device: str) -> Calls:
     """Each kernel alone, on a GPU or through Triton's interpreter."""
-    from fastpref.kernels import logps as kernels
+    from fastpref.kernels import logps, logps_backward
 
     logits = make_logits(case, device, 0).detach()
     labels = make_labels(case, device, 0)
     grad = torch.ones(labels.shape, device=device)
     read = case.bytes_that_must_move("forward")
     inputs = (logits, labels, None)
-    saved = (grad, *inputs, *kernels.token_logps_forward(*inputs, 1, -100)[1:], 1, -100)
+    saved = (grad, *inputs, *logps.token_logps_forward(*inputs, 1, -100)[1:], 1, -100)
     calls: Calls = {}
     for sizes in FORWARD:
-        call = partial(kernels.token_logps_forward, *inputs, 1, -100, **sizes)
+        call = partial(logps.token_logps_forward, *inputs, 1, -100, **sizes)
         calls["forward", tuple(sizes.items())] = (call, read)
     for sizes in BACKWARD:
-        call = partial(kernels.token_logps_backward, *saved, **sizes)
+        call = partial(logps_backward.token_logps_backward, *saved, **sizes)
         calls["backward", tuple(sizes.items())] = (call, case.bytes_that_must_move("train") - read)
     return calls
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastpref import reference
+from fastpref.extras import TokenExtras
 from fastpref.linear import (
     LinearPreferenceOutput,
     linear_preference_loss,
@@ -13,7 +14,7 @@ from fastpref.linear import (
 )
 from fastpref.logps import sequence_logps, token_logps
 from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
-from fastpref.models import model_logps
+from fastpref.models import model_logps, model_token_logps
 
 if TYPE_CHECKING:
     from fastpref.training import TrainConfig, TrainResult, train
@@ -25,6 +26,7 @@ __all__ = [
     "LinearPreferenceOutput",
     "LossSpec",
     "PreferenceOutput",
+    "TokenExtras",
     "TrainConfig",
     "TrainResult",
     "dpo_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "model_logps",
+    "model_token_logps",
     "preference_loss",
     "reference",
     "sequence_logps",

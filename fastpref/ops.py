@@ -155,7 +155,7 @@ def _backward(grad, logits, labels, mask, row_max, row_sum, shift, ignore_index,
     arguments = (grad, logits, labels, mask, row_max, row_sum, shift, ignore_index)
     if not _runs_triton(logits):
         return tiled.token_logps_backward(*arguments, Transform(*transform), inplace, *entropies)
-    from fastpref.kernels import logps as kernels
+    from fastpref.kernels import logps_backward as kernels
 
     return kernels.token_logps_backward(*arguments, *transform, *entropies, inplace=inplace)
 

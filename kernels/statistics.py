@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .compile_report import CompileCase
 from .logps import DEPTH, HIP_NUM_WARPS, NUM_WARPS, WIDTH
-from .rows import UNSPECIALISED, mask_bytes, scored_label, transformed
+from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label, transformed
 from .transform import factors_of, on_device
 
 # Three more numbers a column: with a DEPTH of 4 an odd V leaves a compute unit of AMD's 8 wavefronts for want of
@@ -184,27 +184,15 @@ def row_statistics(
 
 
 def _compile_cases() -> list[CompileCase]:
-    """V a multiple of 16 and the odd V of GPT-2, each with 2³¹ elements and more (64-bit strides)."""
-    pointers = {"logits": "*{dtype}:16", "labels": "*i64:16", "mask": "*u8:16"}
-    outputs = ["maximum", "total", "target", "weighted_sum", "squares_sum", "z_sum"]
-    pointers |= dict.fromkeys(outputs, "*fp32:16")
-    small = ["T", "labels_stride_b", "labels_stride_t", "mask_stride_b", "mask_stride_t", "shift"]
-    fixed = {**pointers, **dict.fromkeys([*small, "ignore_index"], "i32")}
-    fixed |= dict.fromkeys(["inner", "inner_low", "outer", "outer_low"], "fp32")
+    outputs = dict.fromkeys(["maximum", "total", "target", "weighted_sum", "squares_sum", "z_sum"], "*fp32:16")
     warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
     cases = []
-    for divisible, softcap, sums in (
-        (True, False, True),
-        (False, False, True),
-        (True, True, True),
-        (True, False, False),
-    ):
-        notes = ["V % 16 == 0" if divisible else "odd V", *["softcap"] * softcap, *["sums"] * sums]
-        end = ":16" if divisible else ""
-        sizes = {"V": "i32" + end, "stride_b": "i64" + end, "stride_t": "i32" + end}
-        flags = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap, "SUMS": sums}
-        tile = {"WIDTH": WIDTH, "DEPTH": SUMS_DEPTH if sums else DEPTH}
-        cases.append(CompileCase(row_statistics_kernel, fixed | sizes, flags | tile, note=", ".join(notes), **warps))
+    for place, (note, softcap, arguments) in enumerate(row_arguments()):
+        for sums in (True, False) if place == 0 else (True,):
+            sizes: dict[str, Any] = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap, "SUMS": sums}
+            sizes |= {"WIDTH": WIDTH, "DEPTH": SUMS_DEPTH if sums else DEPTH}
+            text = note + ", sums" * sums
+            cases.append(CompileCase(row_statistics_kernel, {**arguments, **outputs}, sizes, note=text, **warps))
     return cases
 
 

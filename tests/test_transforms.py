@@ -302,7 +302,7 @@ def test_no_loss_looks_at_a_value(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_launcher_of_a_kernel_looks_at_a_value(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, with a kernel that does nothing but count its launches."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from fastpref.kernels import logps, preference, sequence, statistics
+    from fastpref.kernels import logps, logps_backward, preference, sequence, statistics
 
     launches = []
 
@@ -312,7 +312,7 @@ def test_no_launcher_of_a_kernel_looks_at_a_value(launcher: str, monkeypatch: py
 
     for module, name in (
         (logps, "token_logps_forward_kernel"),
-        (logps, "token_logps_backward_kernel"),
+        (logps_backward, "token_logps_backward_kernel"),
         (statistics, "row_statistics_kernel"),
         (sequence, "sequence_reduce_kernel"),
         (preference, "_margin_loss_kernel"),
@@ -327,7 +327,9 @@ def test_no_launcher_of_a_kernel_looks_at_a_value(launcher: str, monkeypatch: py
     form = {"shape": "sigmoid", "scale": 0.1, "lam": 0.0, "tilt": 0.0, "target": 0.0, "clip": 0.0}
     call: Callable[[], Any] = {
         "forward": lambda: logps.token_logps_forward(logits, labels, mask, 1, -100, 0.7, 2.0, 5.0),
-        "backward": lambda: logps.token_logps_backward(some, logits, labels, mask, some, some, 1, -100, inplace=True),
+        "backward": lambda: logps_backward.token_logps_backward(
+            some, logits, labels, mask, some, some, 1, -100, inplace=True
+        ),
         "statistics": lambda: statistics.row_statistics(logits, labels, mask, 1, -100, sums=True),
         "reduce": lambda: sequence.sequence_reduce(
             some.view(1, -1), labels.view(1, -1), None, offsets, shift=1, ignore_index=-100, mean=True
