@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
-from fastpref.training.advice import falling_chosen_reward
+from fastpref.training.advice import Adviser, said
 from fastpref.training.auto_batch import auto_batch
 from fastpref.training.checkpoints import (
     checkpoint_folders,
@@ -24,7 +23,7 @@ from fastpref.training.checkpoints import (
 from fastpref.training.config import TrainConfig
 from fastpref.training.console import progress_note
 from fastpref.training.distributed import backward, clip_gradient, micro_batch, wrap
-from fastpref.training.dry_run import DryRun, dry_run
+from fastpref.training.dry_run import dry_run
 from fastpref.training.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
 from fastpref.training.forward import batch_logps, reference_logps
@@ -36,25 +35,9 @@ from fastpref.training.optimizer import make_optimizer, make_schedule
 from fastpref.training.plots import Clock, draw
 from fastpref.training.prepare import Run, prepare
 from fastpref.training.reference import add_reference
+from fastpref.training.result import TrainResult
 from fastpref.training.run_folder import describe_run, write_listing
 from fastpref.training.stopping import Stopped, StopSignals
-
-
-@dataclass
-class TrainResult:
-    """What `fastpref.train` gives back: the model in evaluation mode; `history` holds the records of metrics.jsonl.
-
-    `stopped` is None for a run that made all its steps; else the signal, "SIGTERM" or "SIGINT", that stopped it after
-    `step` steps. Then a checkpoint holds them, and there is no final model. `dry_run` is None but for a dry run, which
-    has made 0 steps: what it found, beside a model without numbers (on the meta device).
-    """
-
-    output_dir: Path
-    model: Any
-    step: int
-    history: list[dict[str, Any]]
-    stopped: str | None = None
-    dry_run: DryRun | None = None
 
 
 def train(
@@ -76,7 +59,8 @@ def train(
             reference's log-probs are taken from the columns ref_chosen_logps and ref_rejected_logps where they exist.
 
     The run folder holds metrics.jsonl, curves.png, TensorBoard events, samples.jsonl, the checkpoints and, at
-    the end, the trained model in `model`.
+    the end, the trained model in `model`. Where the chosen reward falls below zero with the loss, or gradients explode,
+    a line says so once, with the rows and what to change: in `TrainResult.advice` and advice.jsonl too.
 
     SIGTERM or Ctrl-C stops the run after the step it is at, with a checkpoint: see `TrainResult.stopped`. A second one
     acts as always. (In the main thread, that is; signals do not reach another.)
@@ -103,7 +87,7 @@ def train_run(run: Run) -> TrainResult:
                 return loop.train(signals)
         except Stopped as stopped:
             step = 0 if run.state is None else run.state["step"]
-            return TrainResult(run.output_dir, run.model.eval(), step, [], stopped.name)
+            return TrainResult(run.output_dir, run.model.eval(), step, [], stopped.name, advice=said(run.state))
         except SaveError as error:
             how = "go on with resume" if checkpoint_folders(run.output_dir) else "start again"
             raise SaveError(f"{error}. {_what_is_left(run)}; mend that and {how}") from error
@@ -125,8 +109,8 @@ class _Loop:
             self.initial_weights = add_reference(run)
         self.schedule = make_schedule(optimizer, run)
         self.window = Window(self.device)
-        self.guard = FiniteGuard(run.accelerator)
-        self.start, self.tokens, self.advised = 0, 0, False
+        self.guard, self.adviser = FiniteGuard(run.accelerator), Adviser(run, self.model)
+        self.start, self.tokens = 0, 0
         self.evaluated = True  # after step `start`, if that was due
         self.drawing = Clock()
         self.best: dict[str, Any] | None = None
@@ -143,6 +127,7 @@ class _Loop:
             run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
             prepare_samples(run, run.kept, evaluated=self.evaluated)
+            self.adviser.begin(log.history)
             if not self.evaluated:
                 with self.window.paused():
                     self.evaluate(log, self.start)
@@ -164,7 +149,7 @@ class _Loop:
                 with self.window.paused():
                     if stopped is not None:  # there may be seconds left: no evaluation now, but first thing later
                         self.save(log, step, evaluated=not (evaluating and run.eval_pairs))
-                        return TrainResult(run.output_dir, run.model.eval(), step, log.history, stopped)
+                        return self.result(log, step, stopped)
                     if evaluating and run.eval_pairs:
                         self.evaluate(log, step)
                     if saving:
@@ -174,7 +159,11 @@ class _Loop:
             self.draw(log)
             write_listing(run, log.history)
             run.accelerator.wait_for_everyone()
-            return TrainResult(run.output_dir, run.model.eval(), run.steps, log.history)
+            return self.result(log, run.steps)
+
+    def result(self, log: MetricLog, step: int, stopped: str | None = None) -> TrainResult:
+        run = self.run
+        return TrainResult(run.output_dir, run.model.eval(), step, log.history, stopped, advice=self.adviser.said)
 
     def gradient(self, step: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one step, counted from 1: this process's sums over its pairs, and the norm.
@@ -212,9 +201,8 @@ class _Loop:
         On a GPU looking at a value makes the host wait: it looks where it must wait anyway, before anything
         is saved.
         """
-        trouble = None
-        if look or self.device.type == "cpu" or self.config.on_nonfinite == "skip":
-            trouble = self.guard.look()
+        look = look or self.device.type == "cpu" or self.config.on_nonfinite == "skip"
+        trouble, seen = self.guard.look() if look else (None, [])
         if trouble is None:
             with explained(self.run, "the optimiser's step", work="update"):
                 self.optimizer.step()
@@ -223,9 +211,12 @@ class _Loop:
         elif self.config.on_nonfinite == "skip":
             self.run.console.say(f"skipped the update. {trouble}")
         else:
+            self.adviser.see_steps(seen, measure=False)
             advice = "Look at these rows, lower learning_rate, or set on_nonfinite=skip"
             raise NonFiniteError(f"{trouble}. {_what_is_left(self.run)}. {advice}")
         self.optimizer.zero_grad()
+        with self.window.paused():
+            self.adviser.see_steps(seen)
 
     def log(self, log: MetricLog, step: int, grad_norm: float, learning_rate: float) -> None:
         run = self.run
@@ -245,10 +236,7 @@ class _Loop:
         }
         log.add(record)
         run.console.say_progress(_line(record, run.steps) + run.console.eta)
-        advice = None if self.advised else falling_chosen_reward(log.history, run.spec)
-        if advice is not None:
-            self.advised = True
-            run.console.say(advice)
+        self.adviser.see_record(record)
 
     def evaluate(self, log: MetricLog, step: int) -> None:
         run = self.run
@@ -257,7 +245,8 @@ class _Loop:
         run.console.say_progress(_line(record, run.steps, prefix="eval_"))
         self.best = keep_best(run, self.model, record, self.best)
         write_samples(run, step)
-        self.draw(log)
+        if self.drawing.due:
+            self.draw(log)
 
     def draw(self, log: MetricLog) -> None:
         if self.run.accelerator.is_main_process:
@@ -282,7 +271,7 @@ class _Loop:
             "schedule": self.schedule.state_dict(),
             "window": self.window.state(self.run.accelerator),
             "tokens": self.tokens,
-            "advised": self.advised,
+            "advice": self.adviser.state(),
         }
         save_checkpoint(self.run, self.model, self.optimizer, state)
 
@@ -290,7 +279,8 @@ class _Loop:
         load_checkpoint(self.run, self.model, self.optimizer, checkpoint)
         self.schedule.load_state_dict(state["schedule"])
         self.window.load_state(state["window"], self.run.accelerator)
-        self.start, self.tokens, self.advised = state["step"], state["tokens"], state["advised"]
+        self.adviser.load_state(state)
+        self.start, self.tokens = state["step"], state["tokens"]
         self.evaluated = state["evaluated"]
         self.best = state["best"] if self.run.kept else None  # else its model is in another folder
 

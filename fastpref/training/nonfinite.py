@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: noticed, and traced to the rows of their batch."""
+"""Losses and gradients of every step: what is not finite is noticed, and traced to the rows of its batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass
-class _Step:
+class SeenStep:
+    """A step's rows on this process, with their values still on the device."""
+
     step: int
     rows: list[int] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)  # each (3, P): loss, chosen log-prob, rejected log-prob
-    bad: Tensor | None = None  # ()
+    found: Tensor | None = None  # (3,): whether a value is not finite, the gradient's norm, the mean loss here
 
 
 class FiniteGuard:
@@ -29,10 +31,10 @@ class FiniteGuard:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._steps: list[_Step] = []
+        self._steps: list[SeenStep] = []
 
     def begin(self, step: int) -> None:
-        self._steps.append(_Step(step))
+        self._steps.append(SeenStep(step))
 
     def see_batch(self, rows: list[int], losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
         current = self._steps[-1]
@@ -42,19 +44,26 @@ class FiniteGuard:
     def see_gradient(self, norm: Tensor) -> None:
         current = self._steps[-1]
         losses = torch.cat([value[0] for value in current.values])
-        current.bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        current.found = torch.stack([bad.float(), norm.to(bad.device).float(), losses.mean().float()])
 
-    def look(self) -> str | None:
-        """Forget the steps seen so far; a description of the first one that was not finite, if any was."""
+    def look(self) -> tuple[str | None, list[tuple[SeenStep, float, float]]]:
+        """Forget the steps seen so far.
+
+        Gives a description of the first one that was not finite, if any was; and those before it with the norms of
+        their gradients and their mean losses, which are the same numbers on every process.
+        """
         steps, self._steps = self._steps, []
-        flags = torch.stack([step.bad for step in steps if step.bad is not None]).float()
-        bad = self._accelerator.reduce(flags, "sum").tolist()  # the same on every process
-        for step, flag in zip(steps, bad, strict=True):
-            if flag:
-                return self._describe(step)
-        return None
+        found = torch.stack([step.found for step in steps if step.found is not None])  # (S, 3)
+        sums = self._accelerator.reduce(found, "sum").tolist()
+        good: list[tuple[SeenStep, float, float]] = []
+        for step, (flags, norms, losses) in zip(steps, sums, strict=True):
+            if flags:
+                return self._describe(step), good
+            good.append((step, norms / self._accelerator.num_processes, losses / self._accelerator.num_processes))
+        return None, good
 
-    def _describe(self, step: _Step) -> str:
+    def _describe(self, step: SeenStep) -> str:
         from accelerate.utils import gather_object
 
         values = torch.cat(step.values, dim=1).T.tolist()

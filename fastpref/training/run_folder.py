@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastpref.environment import commit, package_version, processor, variables
+from fastpref.training.advice import ADVICE
 from fastpref.training.config import TrainConfig
 from fastpref.training.durable import new_file, writing
 from fastpref.training.prepare import Run
@@ -36,6 +37,7 @@ LISTING = {
     "best": "the model of the best evaluation",
     "curves.png": "loss, rewards, margin and accuracy over the steps",
     "metrics.jsonl": "a record a line, those of evaluations with eval_ before their names",
+    ADVICE: "what the loop has advised, once of each kind",
     "samples.jsonl": "answers to held-out prompts at each evaluation, beside the data's own",
     CONFIG: f"every option as it was used; `fastpref train {CONFIG} --output_dir OTHER` runs it again",
     ENVIRONMENT: "versions, hardware and commit of the run's start",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastpref.training import TrainConfig, loop, train
+from fastpref.training import TrainConfig, gradients, loop, train
 from fastpref.training.distributed import held_bytes
 
 # Steps of 8 pairs and a tail of 5; with clipping, since its norm is over all shards.
@@ -45,6 +46,7 @@ FSDP2 = {
 def work(folder: Path) -> None:
     """What each of the two processes does: some runs, and for each a file with what cannot be seen from outside."""
     loop.draw = lambda run, history: None  # takes longer than a tiny run
+    gradients.FIRST, gradients.FACTOR, gradients.SATURATED, gradients.BEYOND = 1, 1e-9, 0.0, 0.0  # all steps explode
 
     def run(name: str, model: str = "tied", **options: Any) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -60,8 +62,8 @@ def work(folder: Path) -> None:
             output_dir=str(folder / name),
             **options,
         )
-        model = train(config).model
-        facts = {"held": held_bytes(model)}
+        result = train(config)
+        facts = {"held": held_bytes(result.model), "advice": [line.text for line in result.advice]}
         (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
 
     run("ddp")
@@ -122,7 +124,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def facts(runs: Path, name: str) -> list[dict[str, int]]:
+def facts(runs: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -150,6 +152,19 @@ def test_a_process_of_two_keeps_half_of_a_sharded_model(runs: Path) -> None:
     (whole, _), halves = facts(runs, "ddp"), facts(runs, "fsdp2")
     assert sum(half["held"] for half in halves) == whole["held"]
     assert max(half["held"] for half in halves) < 0.51 * whole["held"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-resumed"])
+def test_an_explosion_is_told_alike_with_the_rows_of_both_processes_by_their_losses(runs: Path, name: str) -> None:
+    """In the tail, the second step: five rows, of which a process without a pair left has run one again."""
+    texts = [[text for text in fact["advice"] if "the gradient of step 2" in text] for fact in facts(runs, name)]
+    assert texts[0] == texts[1]
+    (text,) = texts[0]
+    assert "with the largest losses (their gradients were not measured: the run has several processes)" in text
+    listed = re.findall(r"row (\d+): loss ([\d.]+)", text)
+    assert len({row for row, _ in listed}) == len(listed) == 5
+    assert [float(loss) for _, loss in listed] == sorted((float(loss) for _, loss in listed), reverse=True)
 
 
 @pytest.mark.slow

@@ -118,10 +118,13 @@ def test_curves_are_drawn_during_the_run_when_it_is_time_and_not_at_every_step(
     monkeypatch.setattr(loop, "draw", lambda run, history: drawn.append(history[-1]["step"]))
     train(make_config(), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
     assert drawn == [4]
+    evaluating = make_config(output_dir=make_config().output_dir + "-evaluating", eval_every=1)
+    train(evaluating, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows[:2])
+    assert drawn == [4, 4]
     monkeypatch.setattr(plots, "REFRESH_SECONDS", 0.0)
     config = make_config(output_dir=make_config().output_dir + "often")
     train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
-    assert drawn[1] == 1
+    assert drawn[2] == 1
     assert drawn[-1] == 4
 
 

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fastpref
 from fastpref.losses import LOSSES, get_loss
 from fastpref.training import TrainConfig, loop, plots, train
-from fastpref.training.advice import falling_chosen_reward
 from fastpref.training.collate import Layout, collate
 from fastpref.training.console import Console
 from fastpref.training.data import tokenize_rows
@@ -322,21 +321,6 @@ def test_plots_of_one_record_and_of_many_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "chosen", "last", "advised"),
-    [("sigmoid", -0.3, 0.5, "loss=dpop"), ("dpop", -0.3, 0.5, "a larger lam"), ("sigmoid", 0.3, 0.5, None),
-     ("sigmoid", -0.3, 0.7, None), ("simpo", -0.3, 0.5, None)],
-)  # fmt: skip
-def test_advice_comes_when_the_chosen_reward_falls_with_the_loss(
-    loss: str, chosen: float, last: float, advised: str | None
-) -> None:
-    history = [{"loss": 0.693, "rewards/chosen": 0.0}, {"eval_loss": 1.0}, {"loss": last, "rewards/chosen": chosen}]
-    line = falling_chosen_reward(history, get_loss(loss))
-    assert (line is None) == (advised is None)
-    if advised is not None and line is not None:
-        assert all(word in line for word in (advised, "margin_clip", "beta", "learning_rate"))
-
-
-@pytest.mark.parametrize(
     ("given", "loss", "expected"),
     [
         ({}, "dpo", (3e-4, 256, 4)),
@@ -360,17 +344,6 @@ def test_a_model_given_as_an_object_has_the_defaults_of_trained_weights(make_mod
     console = Console(main=True, progress=False)
     config = _with_defaults(TrainConfig(), get_loss("dpo"), make_model(), 1, console)
     assert (config.learning_rate, config.max_length, config.gradient_accumulation_steps) == (1e-6, 1024, 1)
-
-
-def test_advice_is_printed_once(
-    make_config: Make, make_model: Make, tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Responses of one token that share almost all: the margin grows fastest by lowering both."""
-    rows = [{"prompt": "the sky", "chosen": " is blue blue blue blue", "rejected": " is blue blue blue blue blue"}] * 4
-    given = [{**row, "ref_chosen_logps": 0.0, "ref_rejected_logps": -100.0} for row in rows]
-    config = make_config(max_steps=8, learning_rate=3e-3, schedule="constant")
-    train(config, model=make_model(), tokenizer=tokenizer, train_dataset=given)
-    assert capsys.readouterr().err.count("advice: the loss falls") == 1
 
 
 @pytest.mark.parametrize(

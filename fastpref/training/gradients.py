@@ -1,0 +1,223 @@
+"""Gradients that explode: whether a step's norm is far beyond what the run has shown, and which rows did it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.losses import coefficients
+from fastpref.training.data import Pair
+from fastpref.training.distributed import backward, is_sharded
+from fastpref.training.forward import batch_logps
+from fastpref.training.nonfinite import SeenStep
+from fastpref.training.offload import offloading
+from fastpref.training.oom import out_of_memory
+
+if TYPE_CHECKING:
+    from fastpref.training.prepare import Run
+
+# A norm explodes where it is FACTOR times what is usual and BEYOND times what has been, or SATURATED times where the
+# step's loss is not above the first step's. Healthy runs of a small model: DPO's norms fall to a hundredth as margins
+# saturate, and then a hard pair's is 9 times the usual (steps of 4 pairs), but at most 2.2 times what had been. DPOP's
+# grow 50 times wherever a chosen response falls; where few do (low edit distance) they are up to 270 times the usual
+# and 8.4 times what had been, with losses far below the first. A row of garbage gave 68 times, and 54.
+FACTOR, BEYOND, SATURATED = 10.0, 3.0, 30.0
+FIRST, RECENT = 10, 50  # norms whose medians are the usual; before as many as FIRST were seen none explodes
+GROWING = 10  # the latest norms are not yet what has been: an explosion may take some steps
+SHOWN, MEASURED = 5, 64  # rows
+LONG = 3.0  # times the median pair: a row that max_length could shorten
+
+
+class Norms:
+    """The gradient norms of a run, and the mean loss of its first step."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._largest = 0.0  # of those after the first and before the latest
+        self._start: float | None = None  # the loss
+
+    def see(self, norm: float, loss: float) -> float | None:
+        """Take in the next step's norm and mean loss; the usual norm if this one is far beyond it."""
+        self._start = loss if self._start is None else self._start
+        usual = self._usual() if self._explodes(norm, higher=loss > self._start) else None
+        if len(self._first) < FIRST:
+            self._first.append(norm)
+        else:
+            self._recent.append(norm)
+            if len(self._recent) > GROWING:
+                self._largest = max(self._largest, self._recent[-GROWING - 1])
+        return usual
+
+    def _usual(self) -> float:
+        # Where norms fall, what was normal once is not an explosion now; where they rise slowly, no news either.
+        return max(median(norms) for norms in (self._first, self._recent) if norms)
+
+    def _explodes(self, norm: float, *, higher: bool) -> bool:
+        # Where most steps have no gradient at all, any is as good as another.
+        if len(self._first) < FIRST or not norm > FACTOR * self._usual() > 0:
+            return False
+        # The largest of the first does not count: it may be the row that is to be found when it comes again.
+        been = max(self._largest, sorted(self._first)[-2:][0])
+        return norm > (BEYOND if higher else SATURATED) * been
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "first": list(self._first),
+            "recent": list(self._recent),
+            "largest": self._largest,
+            "start": self._start,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._first, self._recent = list(state["first"]), deque(state["recent"], maxlen=RECENT)
+        self._largest, self._start = state["largest"], state["start"]
+
+
+class _Row(NamedTuple):
+    row: int
+    loss: float
+    chosen: float
+    rejected: float
+    norm: float | None = None
+
+
+def explosion(run: Run, model: Any, step: SeenStep, norm: float, usual: float, *, now: int | None) -> str:
+    """What is said of a step: its norm, the usual one, what became of it, its rows, what to change.
+
+    Every process calls it. Rows are measured where one process holds the model; else they are listed by their losses.
+
+    Args:
+        now: the last step whose update the weights have had; None if they are not to be measured with.
+    """
+    pairs = {pair.row: pair for pair in (run.pairs[index] for index in run.plan.step(step.step - 1))}
+    values = torch.cat(step.values, dim=1)  # (3, P)
+    rows = [_Row(row, *three) for row, three in zip(step.rows, values.T.tolist(), strict=True)]
+    several = run.accelerator.num_processes > 1
+    if several:
+        from accelerate.utils import gather_object
+
+        # A process without a pair of its own ran another's.
+        rows = list({row[0]: _Row(*row) for row in gather_object(rows)}.values())
+    if now is None:
+        how = "a later step is not finite"
+    elif several or is_sharded(run.accelerator):
+        how = "the run has several processes" if several else "the model is sharded"
+    else:
+        rows, how = _measure(run, model, rows, values, pairs)
+    if rows[0].norm is not None:
+        rows = sorted(rows, key=lambda row: -(row.norm or 0.0))
+        after = "that update" if now == step.step else f"the update of step {now}"
+        which = (
+            f"with the largest gradients of their own, {how}each measured alone with the step's loss derivatives and "
+            f"the weights after {after}"
+        )
+    elif run.spec.separable:
+        rows = sorted(rows, key=lambda row: -row.loss)
+        which = f"with the largest losses (their gradients were not measured: {how})"
+    else:  # no loss belongs to a pair
+        rows = sorted(rows, key=lambda row: -pairs[row.row].length)
+        which = f"that are longest (their gradients were not measured: {how})"
+    listed = "; ".join(_describe(run, row, pairs[row.row]) for row in rows[:SHOWN])
+    return (
+        f"the gradient of step {step.step} had the norm {norm:.3g}, {norm / usual:.3g} times the usual "
+        f"{usual:.3g}, {_clipped(run, norm)}. The rows of that step (which takes the mean over {len(pairs)}) {which}: "
+        f"{listed}. Look at these rows; what helps besides: {_remedies(run, pairs[rows[0].row])}."
+    )
+
+
+def _measure(
+    run: Run,
+    model: Any,
+    rows: list[_Row],
+    values: Tensor,  # (3, P): losses and log-probs
+    pairs: Mapping[int, Pair],
+) -> tuple[list[_Row], str]:
+    """Rows with the norms of their own gradients and how they were picked; or without, and why not.
+
+    The gradient of a row's log-probs, weighed as its step's loss did: after the update a sigmoid may have saturated. So
+    a loss that compares pairs has a gradient for each of them too.
+    """
+    places = _picked(rows, pairs)
+    chosen = [pairs[rows[place].row] for place in places]
+    reference: list[Tensor | None] = [None, None]
+    if run.spec.needs_reference:
+        every = [pairs[row.row] for row in rows]
+        known = [[pair.ref_chosen_logp for pair in every], [pair.ref_rejected_logp for pair in every]]
+        reference = list(torch.tensor(known, dtype=torch.float32, device=values.device))
+    arguments = {name: value for name, value in run.config.loss_arguments.items() if name != "loss"}
+    _, *weights = coefficients(run.spec, values[1], values[2], *reference, **arguments)  # each (P,)
+    try:
+        norms = _norms_alone(run, model, chosen, torch.stack(weights)[:, places])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the trial's tensors
+        return rows, "memory did not suffice"
+    of = "" if len(places) == len(rows) else f"of {len(places)} rows (half by loss, half by length) "
+    return [rows[place]._replace(norm=norm) for place, norm in zip(places, norms, strict=True)], of
+
+
+def _picked(rows: Sequence[_Row], pairs: Mapping[int, Pair]) -> list[int]:
+    """Places of the rows to measure: all, or half of them by loss and half by length."""
+    by_loss = sorted(range(len(rows)), key=lambda place: -rows[place].loss)
+    picked, rest = by_loss[: MEASURED // 2], by_loss[MEASURED // 2 :]
+    return picked + sorted(rest, key=lambda place: -pairs[rows[place].row].length)[: MEASURED - len(picked)]
+
+
+def _norms_alone(
+    run: Run,
+    model: Any,
+    pairs: Sequence[Pair],
+    weights: Tensor,  # (2, P): of the chosen and the rejected log-prob
+) -> list[float]:
+    """The norm of each pair's gradient; the run goes on as if nothing had been here: no gradient, no random number."""
+    config, device = run.config, run.accelerator.device
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norms = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            for place, pair in enumerate(pairs):
+                batch = run.collate([pair])
+                with offloading(config, run.model, device):
+                    policy = torch.stack(batch_logps(model, batch, config, reduction=run.spec.reduction))  # (2, 1)
+                backward(run.accelerator, model, (policy * weights[:, place, None]).sum())
+                norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+                for parameter in trained:
+                    parameter.grad = None
+        finally:
+            for parameter in trained:
+                parameter.grad = None
+    return torch.stack(norms).tolist()
+
+
+def _clipped(run: Run, norm: float) -> str:
+    limit = run.config.max_grad_norm
+    if not limit:
+        return "and was not clipped (max_grad_norm=0)"
+    return f"and was clipped to max_grad_norm={limit:g}" if norm > limit else f"and below max_grad_norm={limit:g}"
+
+
+def _describe(run: Run, row: _Row, pair: Pair) -> str:
+    norm = "" if row.norm is None else f"norm {row.norm:.3g}, "
+    loss = f"loss {row.loss:.3g}, " if run.spec.separable else ""
+    lengths = [len(response.ids) - response.start for response in (pair.chosen, pair.rejected)]
+    return (
+        f"row {row.row}: {norm}{loss}log-probs of chosen and rejected {row.chosen:.4g} and {row.rejected:.4g}, "
+        f"{lengths[0]} and {lengths[1]} tokens"
+    )
+
+
+def _remedies(run: Run, worst: Pair) -> str:
+    clip = f"a smaller max_grad_norm (now {run.config.max_grad_norm:g})" if run.config.max_grad_norm else (
+        "max_grad_norm (now 0, which clips nothing)")  # fmt: skip
+    usual = median(pair.length for pair in run.pairs)
+    long = f", a smaller max_length (row {worst.row} has {worst.length:,} tokens with its prompt, the median row "
+    return f"a lower learning_rate, more warmup_steps, {clip}" + (
+        f"{long}{usual:,.0f})" if worst.length > LONG * usual else ""
+    )
