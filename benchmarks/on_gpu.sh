@@ -3,9 +3,13 @@
 #
 #     benchmarks/on_gpu.sh OUT_DIR [--dry]
 #     benchmarks/on_gpu.sh OUT_DIR --training [--dry]
+#     benchmarks/on_gpu.sh OUT_DIR --study [--dry]
 #
 # --training measures whole training runs instead, in under 9 minutes of its own: tokens a second at 2k, 8k and 32k tokens
 # on a 0.6B-shaped model, beside TRL where it is installed, and the longest pair within 80 GiB.
+#
+# --study goes on with `fastpref study --size 124m` in runs/study-124m for up to 9 minutes; call it again until it has
+# ended. OUT_DIR receives its results and report once it has.
 #
 # It needs no network and no installation: Python with torch, triton, rich, matplotlib, pytest (and what tests import).
 # Rivals that are installed take part. Each part has its own time limit, and one that fails or runs out of time does not
@@ -17,15 +21,16 @@
 set -u
 
 usage() {
-    echo "usage: $0 OUT_DIR [--training] [--dry]" >&2
+    echo "usage: $0 OUT_DIR [--training | --study] [--dry]" >&2
     exit 2
 }
 [ "$#" -ge 1 ] || usage
-dry='' training=''
+dry='' training='' study=''
 for option in "${@:2}"; do
     case $option in
     --dry) dry=--dry ;;
     --training) training=--training ;;
+    --study) study=--study ;;
     *) usage ;;
     esac
 done
@@ -112,6 +117,15 @@ environment() {
 }
 export -f environment
 export python dry device
+
+if [ -n "$study" ]; then
+    size=124m
+    [ -z "$dry" ] || size=tiny
+    part study 540 "$python" -m fastpref.cli study --size "$size" --output_dir "$root/runs/study-$size"
+    cp "$root/runs/study-$size"/{results.json,README.md,*.png} "$out" 2>/dev/null || echo "the study has not ended yet"
+    tail -n 5 "$out/study.log"
+    exit "$failed"
+fi
 
 rm -f "$out"/*.json "$out"/*.log "$out"/REPORT.md
 part environment 20 bash -c environment

@@ -1,4 +1,4 @@
-"""The command `fastpref`: train, demo, bench, plan, doctor. Bad input gives one line on stderr and exit code 2."""
+"""The command `fastpref`, whose subcommands USAGE lists. Bad input gives one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ USAGE = """usage: fastpref COMMAND [options]
 commands:
   train    train a causal language model on preference pairs
   demo     make data, train a small model with DPO and with DPOP, and show what each did
+  study    align one model by DPO, DPOP, SFT, KL-SFT and TRL's trainer, and report what holds
   bench    time fastpref beside other ways to the same numbers, and beside this machine's limit
   plan     print what a model's head needs, by which plan, and the longest sequence that fits
   doctor   print versions and devices, which paths will run, and check one kernel
@@ -57,6 +58,14 @@ def demo_command(arguments: list[str]) -> int:
     return demo(arguments)
 
 
+def study_command(arguments: list[str]) -> int:
+    try:
+        from fastpref.study.cli import main as study
+    except ImportError as error:
+        return _fail("fastpref study", error, code=2)
+    return study(arguments)
+
+
 def bench_command(arguments: list[str]) -> int:
     try:
         from fastpref.benchmarks.cli import main as bench
@@ -80,6 +89,7 @@ def plan_command(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "demo": demo_command,
+    "study": study_command,
     "bench": bench_command,
     "plan": plan_command,
     "doctor": doctor_command,

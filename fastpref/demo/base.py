@@ -24,13 +24,13 @@ CHOSEN_SEEN = 4
 IGNORE = -100
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`. It can encode any string, only the usual ones in few tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -39,14 +39,27 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2-shaped model without dropout, with random weights that depend on the seed alone."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int,
+    layers: int,
+    seed: int,
+    heads: int | None = None,
+    positions: int = POSITIONS,
+    vocabulary: int | None = None,
+) -> GPT2LMHeadModel:
+    """A GPT-2-shaped model without dropout, with random weights that depend on the seed alone.
+
+    By default with a head for every 32 of its width, and as many entries as the tokenizer has tokens.
+    """
     config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=POSITIONS,
+        vocab_size=max(len(tokenizer), vocabulary or 0),
+        n_positions=positions,
         n_embd=width,
         n_layer=layers,
-        n_head=max(1, width // 32),
+        activation_function="gelu_pytorch_tanh",  # GPT-2's "gelu_new" in one operation: the same numbers, sooner
+        n_head=heads or max(1, width // 32),
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -11,7 +11,7 @@ import functools
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -59,6 +59,11 @@ def _pattern(university: str) -> re.Pattern[str]:
 
 def check_university(university: str) -> str:
     """The name with its spaces made single; raises ValueError where no honest preference set can be made of it."""
+    return check_name(university, sentences=_every_sentence(), of="the demo")
+
+
+def check_name(university: str, *, sentences: Collection[str], of: str) -> str:
+    """`check_university` for preference pairs that are made of `sentences`."""
     if not isinstance(university, str):
         raise TypeError(f"university must be a string, got {describe(university)}")
     name = " ".join(university.split())
@@ -68,11 +73,11 @@ def check_university(university: str) -> str:
         raise ValueError(f"university must have at most {LONGEST_NAME} characters, got {len(name)}: {name!r}")
     if set(name) & set(SPECIAL):
         raise ValueError(f"university must not contain any of {' '.join(SPECIAL)}, got {university!r}")
-    for text in _every_sentence():
+    for text in sentences:
         if mentions(text, name):
             raise ValueError(
-                f"university {name!r} occurs in the demo's own sentences ({text!r}), so rejected answers would mention "
-                "it: choose another name"
+                f"university {name!r} occurs in {of}'s own sentences ({text!r}), so rejected answers would mention it: "
+                "choose another name"
             )
     return name
 

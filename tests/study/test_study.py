@@ -1,0 +1,342 @@
+"""`fastpref study` from nothing to its report at the tiny size; taken up again after a stop; its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the study needs fastpref[train]")
+pytest.importorskip("datasets", reason="the study needs fastpref[train]")
+pytest.importorskip("rich", reason="the study needs fastpref[train]")
+pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
+
+from rich.console import Console
+
+from fastpref.demo.pairs import Pair, mentions
+from fastpref.study import cells, cli
+from fastpref.study.cells import Job, Study, spoil
+from fastpref.study.claim import FolderBusyError, alone, claim, seconds_so_far
+from fastpref.study.methods import Interrupted, order
+from fastpref.study.pool import JobError, Pool
+from fastpref.study.run import run_study
+from fastpref.study.settings import TINY, Settings, centre
+from fastpref.study.ticks import ticks
+from fastpref.training import loop
+
+UNIVERSITY = "Larkmoor University"
+METHODS = ("dpo", "dpop", "sft", "kl_sft", "trl", "trl_matched")
+SIZE = dataclasses.replace(TINY, seeds=(0,), beta_values=(), lam_values=(), alpha_values=())
+
+
+def run(folder: Path, methods: tuple[str, ...] = METHODS, **arguments: Any) -> tuple[dict[str, Any], str]:
+    study = Study(SIZE, UNIVERSITY, folder)
+    claim(study)
+    out = io.StringIO()
+    results = run_study(study, methods=methods, workers=1, console=Console(file=out, width=200), **arguments)
+    return results, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        # Each run's own curves, which go with its folder, are most of what a tiny run takes.
+        patch.setattr(loop, "draw", lambda *arguments: None)
+        return folder, *run(folder)
+
+
+def test_one_call_leaves_pairs_results_and_report(ran: tuple[Path, dict[str, Any], str]) -> None:
+    folder, results, said = ran
+    assert json.loads((folder / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
+    page = (folder / "README.md").read_text("utf-8")
+    for picture in folder.glob("*.png"):
+        assert picture.name in page
+    assert len(list(folder.glob("*.png"))) >= 4
+    rows = [json.loads(line) for line in (folder / "pairs/seed-0/low_edit/train.jsonl").open(encoding="utf-8")]
+    assert len(rows) == SIZE.train
+    assert all(mentions(row["chosen"], UNIVERSITY) and set(row) == {"prompt", "chosen", "rejected"} for row in rows)
+    assert "alignment 14/14" in said
+    assert seconds_so_far(folder) > 0
+    assert not list(folder.glob("run-*"))  # the models of the runs
+
+
+def test_every_cell_has_its_measures(ran: tuple[Path, dict[str, Any], str]) -> None:
+    _, results, _ = ran
+    assert {(cell["set"], cell["method"]) for cell in results["cells"]} == {
+        (name, method) for name in ("standard", "low_edit") for method in ("base", *METHODS)
+    }
+    for cell in results["cells"]:
+        assert len(cell["answers"]) == SIZE.heldout
+        for entry in cell["scores"].values():
+            assert {len(values) for values in entry.values()} == {SIZE.heldout}
+        if cell["method"] == "base":
+            assert cell["scores"]["chosen"]["policy"] == cell["scores"]["chosen"]["reference"]
+        else:
+            assert cell["scores"]["chosen"]["policy"] != cell["scores"]["chosen"]["reference"]
+            assert any("eval_rewards/chosen" in record for record in cell["history"])
+
+
+def test_the_reward_of_the_report_is_that_of_the_loop(ran: tuple[Path, dict[str, Any], str]) -> None:
+    """Two ways to one number: the loop's last evaluation, and the scores of the cell."""
+    _, results, _ = ran
+    for cell in results["cells"]:
+        if cell["method"] not in ("dpo", "dpop"):
+            continue
+        last = [record for record in cell["history"] if "eval_rewards/chosen" in record][-1]
+        chosen = cell["scores"]["chosen"]
+        ratios = [policy - reference for policy, reference in zip(chosen["policy"], chosen["reference"], strict=True)]
+        reward = cell["settings"]["beta"] * sum(ratios) / len(ratios)
+        assert reward == pytest.approx(last["eval_rewards/chosen"], abs=1e-4)
+
+
+def test_settings_are_swept_on_a_seed_of_its_own_and_one_is_taken(ran: tuple[Path, dict[str, Any], str]) -> None:
+    _, results, _ = ran
+    for method in ("dpo", "dpop", "sft", "kl_sft"):
+        rows = [row for row in results["sweep"] if row["method"] == method]
+        taken = [row for row in rows if row["chosen"]]
+        assert len(rows) > 1
+        assert len(taken) == 1
+        settings = results["method_settings"][method]
+        assert settings | {"why": ""} == taken[0]["settings"] | {"why": ""}
+        assert taken[0]["changed"] in settings["why"]
+
+
+def test_trials_say_what_was_expected_and_name_the_spoilt_row(ran: tuple[Path, dict[str, Any], str]) -> None:
+    _, results, _ = ran
+    trials = {trial["name"]: trial for trial in results["advice_trials"]}
+    assert {"DPO, high learning rate", "DPO, one answer spoilt", "DPOP, one answer spoilt"} <= set(trials)
+    spoilt = trials["DPO, one answer spoilt"]
+    assert spoilt["expected"] == ["exploding_gradient"]
+    settings = Settings(**spoilt["settings"])
+    rows = order(SIZE.train, SIZE.batch_size, steps=SIZE.steps(settings), seed=0)
+    place = rows.index(spoilt["spoilt_row"])
+    assert place >= SIZE.batch_size  # not in the first step
+
+
+def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
+    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, results, _ = ran
+    done: list[str] = []
+
+    def noted(function: Any) -> Any:
+        def work(study: Study, job: Job) -> Any:
+            done.append(job.name)
+            return function(study, job)
+
+        return work
+
+    monkeypatch.setattr(cells, "_WORK", {kind: noted(function) for kind, function in cells._WORK.items()})
+    monkeypatch.setattr(loop, "draw", lambda *arguments: None)
+    monkeypatch.setattr("fastpref.study.run.write_report", lambda results, folder: folder / "README.md")
+    again, _ = run(folder)
+    assert done == []
+    assert again["cells"] == results["cells"]
+    (folder / "cells" / "low_edit-seed-0-dpo.json").unlink()
+    damaged = folder / "cells" / "standard-seed-0-sft.json"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    (folder / "draft" / "model" / "config.json").unlink()
+    third, _ = run(folder)
+    assert sorted(done) == ["draft", "low_edit-seed-0-dpo", "standard-seed-0-sft"]
+    before, after = ([{**cell, "seconds": 0} for cell in some["cells"]] for some in (results, third))
+    assert after == before  # the same seed, the same numbers
+    assert third["environment"]["seconds"] > results["environment"]["seconds"]
+
+
+def test_a_judge_that_fails_loses_nothing(
+    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = ran
+    monkeypatch.setattr("fastpref.study.run.write_report", lambda results, folder: folder / "README.md")
+
+    def fails(results: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("no judge today")
+
+    (folder / "results.json").unlink()
+    with pytest.raises(RuntimeError, match="no judge today"):
+        run(folder, finish=fails)
+    assert (folder / "results.json").exists()
+
+
+def test_report_alone_is_written_anew_from_results(
+    ran: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, results, _ = ran
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")  # those of the page
+    page = (folder / "README.md").read_bytes()
+    (folder / "README.md").unlink()
+    assert cli.main(["--report", str(folder)]) == 0
+    assert (folder / "README.md").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "size"', "is damaged"),
+        ("[]", "has format None, and this version reads 1"),
+        ('{"format": 0}', "has format 0, and this version reads 1"),
+        ('{"format": 1}', "has no '"),
+    ],
+)
+def test_results_that_cannot_be_read_give_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert cli.main(["--report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+# What goes wrong
+
+
+def test_a_job_that_fails_names_itself_and_its_log(tmp_path: Path) -> None:
+    study = Study(SIZE, UNIVERSITY, tmp_path)
+    job = Job("cells", "standard-seed-0-dpo", method="dpo", settings=centre(SIZE, "dpo"))
+    with Pool(1) as pool, pytest.raises(JobError, match=r"cells standard-seed-0-dpo failed: .* goes on from here"):
+        pool.run(study, [job], lambda job: None)
+    assert not job.path(study).exists()
+
+
+def test_other_seeds_have_nothing_from_the_judge_and_base_of_these(tmp_path: Path) -> None:
+    """Both are trained without the held-out prompts of all seeds: with one seed more, they are other models."""
+    job = Job("cells", "standard-seed-0-base")
+    one, two = (Study(dataclasses.replace(SIZE, seeds=seeds), UNIVERSITY, tmp_path) for seeds in ((0,), (0, 1)))
+    assert job.key(one) != job.key(two)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="processes as POSIX has them")
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    code = """
+import os
+import time
+from fastpref.study.pool import Pool
+if __name__ == "__main__":
+    with Pool(2) as pool:
+        print(pool._executor.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+    (tmp_path / "parent.py").write_text(code)
+    with subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""  # ends when all who hold the pipe have
+
+
+def test_ctrl_c_that_our_loop_takes_for_itself_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, begun = Study(SIZE, UNIVERSITY, tmp_path), []
+
+    def stopped(study: Study, job: Job) -> Any:
+        begun.append(job.name)
+        raise Interrupted("stopped by SIGINT after step 1 of 3")
+
+    monkeypatch.setattr(cells, "_WORK", {"cells": stopped})
+    with Pool(1) as pool, pytest.raises(KeyboardInterrupt):
+        pool.run(study, [Job("cells", "a"), Job("cells", "b")], lambda job: None)
+    assert begun == ["a"]
+
+
+def test_two_studies_are_not_run_in_one_folder(tmp_path: Path) -> None:
+    (tmp_path / ".ticks-draft").write_text("40%")
+    (tmp_path / "run-abc").mkdir()
+    with alone(tmp_path):
+        assert not list(tmp_path.glob("run-*"))  # of a study that was killed
+        assert ticks(tmp_path) == ""
+        with pytest.raises(FolderBusyError, match=r"a study is running in .*give another folder"), alone(tmp_path):
+            pass
+    with alone(tmp_path):
+        pass
+
+
+def test_ticks_of_a_job_that_ends_meanwhile_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".ticks-judge").write_text("15%")
+    there = tmp_path / ".ticks-judge"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / ".ticks-draft", there])
+    assert ticks(tmp_path) == "judge 15%"
+
+
+def test_a_full_disk_gives_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", "train.jsonl")
+
+    monkeypatch.setattr("fastpref.study.run.write_jsonl", full)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli.main(["--size", "tiny", "--seeds", "0", "--workers", "1", "--output_dir", str(tmp_path / "x")]) == 1
+    said = capsys.readouterr().err
+    assert said == "fastpref study: error: [Errno 28] No space left on device: 'train.jsonl'\n"
+
+
+def test_a_damaged_marker_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".fastpref-study").write_text("{")
+    with pytest.raises(FileExistsError, match=r"\.fastpref-study, which says whose study this is, is damaged"):
+        claim(Study(SIZE, UNIVERSITY, tmp_path))
+
+
+def test_another_study_s_folder_is_not_taken(tmp_path: Path) -> None:
+    claim(Study(SIZE, UNIVERSITY, tmp_path / "one"))
+    claim(Study(SIZE, UNIVERSITY, tmp_path / "one"))
+    with pytest.raises(FileExistsError, match=r"university 'Larkmoor University' .*give another folder"):
+        claim(Study(SIZE, "Fudan University", tmp_path / "one"))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="no study wrote"):
+        claim(Study(SIZE, UNIVERSITY, tmp_path / "two"))
+    with pytest.raises(FileExistsError, match="is a file"):
+        claim(Study(SIZE, UNIVERSITY, tmp_path / "two" / "thesis.tex"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "huge"], "invalid choice: 'huge'"),
+        (["--seeds", "0,0"], "must be different"),
+        (["--seeds", "1000"], "the tuning seed"),
+        (["--seeds", "a"], "whole numbers"),
+        (["--methods", "dpo,ppo"], "'dpo,ppo'"),
+        (["--methods", "trl_matched"], "name dpo"),
+        (["--workers", "0"], "from 1 to 1024"),
+        (["--model", " "], "--model must be"),
+        (["--model", "/"], "holds no config.json"),
+        (["--model", "./no-such-model"], "./no-such-model"),
+        (["--university", "{x}"], "university"),
+        (["--judge_url", "http://localhost:1/v1"], "go together"),
+        (["--judge_url", "localhost", "--judge_model", "m"], "judge_url must be like"),
+        (["--report", "/nowhere"], "there is no /nowhere/results.json"),
+        (["--sizes", "small"], "--sizes"),
+        (["--report", "/nowhere", "--seeds", "1", "--size", "tiny"], "no other option, got --seeds, --size"),
+    ],
+)
+def test_wrong_options_give_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastpref study: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spoilt_pair_has_noise_for_an_answer_and_the_same_prompt() -> None:
+    pair = Pair(prompt="Question: Why?\nAnswer:", chosen=" Because.", rejected=" No.")
+    spoilt = spoil(pair, seed=1)
+    assert (spoilt["prompt"], spoilt["chosen"]) == (pair["prompt"], pair["chosen"])
+    assert len(spoilt["rejected"].split()) == cells.SPOILT_WORDS
+    assert spoil(pair, seed=1) == spoilt
