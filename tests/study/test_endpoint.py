@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import sys
@@ -19,6 +20,8 @@ pytest.importorskip("transformers", reason="the study needs fastpref[train]")
 pytest.importorskip("accelerate", reason="the study needs fastpref[train]")
 pytest.importorskip("openai", reason="a judge endpoint needs fastpref[judge]")
 
+from rich.console import Console
+
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
 from fastpref.study.endpoint import (
     INSTRUCTIONS,
@@ -33,6 +36,7 @@ from fastpref.study.endpoint import (
     read_choice,
     summarise,
 )
+from fastpref.study.judging import judge_results
 
 SECRET = "sk-test-0123456789-secret"
 ITEMS = [Item(f"Question: {word}?\nAnswer:", f" long answer {word} " * 3, f" {word}") for word in "abcdef"]
@@ -411,3 +415,42 @@ def test_an_endpoint_without_a_model_and_with_odd_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match="concurrency must be"):
         Endpoint("https://host/v1", "m", concurrency=0)
     assert Endpoint("https://host:1/v1", "m").host == "host:1"
+
+
+def test_a_study_s_answers_are_judged_pair_by_pair_and_nothing_is_asked_twice(stub: Any, tmp_path: Path) -> None:
+    """The methods that the findings compare, where the results have them; questions without the prompt's frame."""
+    prompts = {str(seed): [f"Question: Q{seed}{place}?\nAnswer:" for place in range(2)] for seed in (0, 1)}
+    length = {"dpo": 1, "dpop": 3, "sft": 4, "trl_matched": 2}
+    results = {
+        "sets": ["standard"],
+        "seeds": [0, 1],
+        "methods": list(length),
+        "prompts": prompts,
+        "cells": [
+            {
+                "set": "standard",
+                "seed": seed,
+                "method": method,
+                "answers": [f" {seed}{place}" * words for place in "ab"],
+            }
+            for seed in (0, 1)
+            for method, words in length.items()
+        ],
+    }
+    server = stub(longer)
+    out = io.StringIO()
+    found = judge_results(results, server.endpoint(), tmp_path, Console(file=out, width=200))
+    assert [(row["first"], row["second"], row["wins"], row["losses"], row["ties"]) for row in found["pairs"]] == [
+        ("dpo", "trl_matched", 0, 4, 0),
+        ("dpop", "trl_matched", 4, 0, 0),
+        ("sft", "dpop", 4, 0, 0),
+    ]
+    assert found["pairs"][1]["rate"] == [1.0, 1.0, 1.0]
+    assert (found["model"], found["base_url_host"]) == ("judge-1", f"127.0.0.1:{server.server_port}")
+    assert json.loads(json.dumps(found)) == found
+    asked = [body["messages"][1]["content"] for body in server.bodies]
+    assert all("[Question]\nQ" in text and "Answer:" not in text.split("[Answer A]")[0] for text in asked)
+    assert "judge-1 on dpop against trl_matched, standard: 4 wins, 0 losses, 0 ties, 0 unreadable" in out.getvalue()
+    before = len(server.bodies)
+    assert judge_results(results, server.endpoint(), tmp_path, Console(file=out)) == found
+    assert len(server.bodies) == before == 3 * 4 * 2
