@@ -135,7 +135,8 @@ def test_the_commands_are_listed_and_an_unknown_one_is_named(capsys: pytest.Capt
     assert "demo" in capsys.readouterr().out
     assert main([]) == 2
     assert main(["trian"]) == 2
-    assert "unknown command 'trian'; the commands are train, demo, study, bench, plan, doctor" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown command 'trian'; the commands are train, demo, study, bench, plan, doctor" in said
 
 
 def test_import_fastpref_loads_nothing_of_the_train_extra() -> None:
