@@ -31,7 +31,7 @@ RATIO = 1.5
 # with at least this share of their distinct-2, and a longest repeated span, on average, of at most so many words more.
 DISTINCT_SHARE = 0.8
 SPAN_SLACK = 1.0
-# Of the texts of judge and base, and of their weights: neither reads the other's texts, or those of any pairs.
+# Of the texts of judge and base, and of their weights. Neither reads a held-out prompt of any seed.
 JUDGE_SEED = 500_000
 BASE_SEED = 900_000
 

@@ -27,7 +27,7 @@ from fastpref.study.settings import TUNING_SEED, Settings, Size
 from fastpref.training.durable import find_damage, new_file
 from fastpref.training.nonfinite import NonFiniteError
 
-# Words of a spoilt answer; GPT-2's longest sequence, and the small model's, have room for its tokens.
+# Words of a spoilt answer, several times the usual; what is beyond a model's positions is cut.
 SPOILT_WORDS = 100
 DIGITS = 7
 # Jobs of which a study has one, before all others.

@@ -200,7 +200,7 @@ def _chosen(study: Study, swept: Sequence[dict[str, Any]], methods: Sequence[str
 
 
 def _cell_jobs(study: Study, chosen: dict[str, Settings]) -> list[Job]:
-    """Every set, seed and method, base first. TRL's long runs come early: at the end a worker would wait for one."""
+    """Every set, seed and method, the longest runs first, as at the end a worker would wait for one; the base last."""
     every: list[tuple[str, Settings | None]] = [("base", None), *chosen.items()]
     jobs = [
         Job("cells", f"{name}-seed-{seed}-{method}", seed=seed, set=name, method=method, settings=settings)
