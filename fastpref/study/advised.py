@@ -106,13 +106,13 @@ def trials_table(study: Study) -> list[str]:
                 f"{trial['settings']['learning_rate']:.3g}",
                 f"{trial['settings']['beta']:g}",
                 wanted,
-                escaped("; ".join(said)) or "none",
-                _row(trial),
+                "it diverged" if trial.get("diverged") else escaped("; ".join(said)) or "none",
+                _spoilt(trial),
                 *(_ended(trial, name, write) for name, write in ENDED.items()),
                 "–" if trial_right(trial) is None else "yes" if trial_right(trial) else "**no**",
             ]
         )
-    names = ["trial", "set", "learning rate", "β", "advice expected", "advice given", "spoilt row"]
+    names = ["trial", "set", "learning rate", "β", "advice expected", "advice given", "spoilt rows"]
     ended = [MEASURES[name].title for name in ENDED]
     return table([*names, *ended, "as it should be"], rows, words=2)
 
@@ -122,24 +122,29 @@ def _ended(trial: dict[str, Any], name: str, write: Callable[[float], str]) -> s
 
 
 def trial_right(trial: dict[str, Any]) -> bool | None:
-    """Whether just the expected kinds were said, and a spoilt row was named; None where either way is right."""
-    if trial["expected"] is None:
+    """Whether just the expected kinds were said; None where either way is right, or a run diverged before its end.
+
+    Where rows were spoilt, whether one of them was named first: what else such a run is told, it is told without.
+    """
+    if trial["expected"] is None or trial.get("diverged"):
         return None
-    named = trial.get("spoilt_row") is None or names_row(trial["said"], trial["spoilt_row"])
-    return named and {advice["kind"] for advice in trial["said"]} == set(trial["expected"])
+    if trial["spoilt_rows"]:
+        return first_named(trial["said"]) in trial["spoilt_rows"]
+    return {advice["kind"] for advice in trial["said"]} == set(trial["expected"])
 
 
-def names_row(said: Sequence[dict[str, Any]], row: int) -> bool:
-    """Whether advice about gradients has the row's number as a number of its own, not as a part of one."""
-    number_alone = re.compile(rf"(?<![\d.,]){row}(?![\d]|[.,]\d)")
-    return any(advice["kind"] == EXPLODING and number_alone.search(advice["text"]) for advice in said)
+def first_named(said: Sequence[dict[str, Any]]) -> int | None:
+    """The row that advice about gradients lists first, as the one that did most of it."""
+    listed_rows = (re.search(r"\brow (\d+): ", advice["text"]) for advice in said if advice["kind"] == EXPLODING)
+    return next((int(found[1]) for found in listed_rows if found), None)
 
 
-def _row(trial: dict[str, Any]) -> str:
-    row = trial.get("spoilt_row")
-    if row is None:
+def _spoilt(trial: dict[str, Any]) -> str:
+    rows = trial["spoilt_rows"]
+    if not rows:
         return "–"
-    return f"{row}, {'named' if names_row(trial['said'], row) else 'not named'}"
+    first = first_named(trial["said"])
+    return f"{listed(list(map(str, rows)))}; " + (f"{first} named first" if first in rows else "neither named first")
 
 
 def words_said(study: Study) -> dict[str, str]:

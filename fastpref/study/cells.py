@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,8 +26,9 @@ from fastpref.study.settings import TUNING_SEED, Settings, Size
 from fastpref.training.durable import find_damage, new_file
 from fastpref.training.nonfinite import NonFiniteError
 
-# Words of a spoilt answer, several times the usual; what is beyond a model's positions is cut.
-SPOILT_WORDS = 100
+# A page whose encoding was not understood, several times as long as an answer; what is beyond a model's positions is
+# cut. No model has seen much of it, so its log-prob drifts far in any run, and its gradients are large.
+SPOILT = " " + 100 * "\ufffd"
 DIGITS = 7
 # Jobs of which a study has one, before all others.
 FIRST = ("judge", "draft", "base")
@@ -184,39 +184,35 @@ def _sweep(study: Study, job: Job) -> dict[str, Any]:
 
 
 def _trial(study: Study, job: Job) -> dict[str, Any]:
-    """A run whose advice is what matters: of settings known to fail, of a remedy, or with one answer spoilt."""
+    """A run whose advice is what matters: of settings known to fail, of a remedy, or with spoilt rows."""
     assert job.settings is not None
     base, data = load_speaker(study.base / "model"), study.pairs(job.seed)[job.set]
-    row = job.details["spoilt_row"]
-    if row is not None:
+    if job.details["spoilt_rows"]:
         train = list(data.train)
-        train[row] = spoil(train[row], seed=job.seed)
+        one, other = job.details["spoilt_rows"]
+        train[one], train[other] = spoil(train[one])
         data = PairSet(train=train, heldout=data.heldout)
-    model, ran = _align(study, job, job.settings, base, data)
+    about = {**job.details, "set": job.set, "method": job.method, "settings": job.settings.to_json()}
+    try:
+        model, ran = _align(study, job, job.settings, base, data)
+    except NonFiniteError as error:  # it said what it said: that is in the log
+        return {**about, "diverged": str(error), "said": [], "history": []}
     answers, scores = _measure(study, Speaker(model, base.tokenizer), base, data.heldout, job.seed)
-    return {
-        **job.details,
-        "set": job.set,
-        "method": job.method,
-        "settings": job.settings.to_json(),
-        "said": ran["advice"],
-        "history": ran["history"],
-        **summary(study.university, answers, scores),
-    }
+    measures = summary(study.university, answers, scores)
+    return {**about, "said": ran["advice"], "history": ran["history"], **measures}
 
 
 _WORK = {"judge": _judge, "draft": _draft, "base": _base, "cells": _cell, "sweep": _sweep, "trials": _trial}
 
 
-def spoil(pair: Pair, *, seed: int) -> Pair:
-    """The pair with noise for a rejected answer: words of random letters, as a broken page or a bad encoding gives.
+def spoil(pair: Pair) -> tuple[Pair, Pair]:
+    """The pair with a broken page for its rejected answer, and the same with its labels swapped.
 
-    Rejected, because a loss pushes it ever further down: what is unlikely already has gradients without end.
+    A run may drift towards such a page or away from it. Of one of the two the margin has the wrong sign, so a sigmoid
+    loss saturates on one of them at most.
     """
-    rng = random.Random(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(SPOILT_WORDS)]
-    return Pair(prompt=pair["prompt"], chosen=pair["chosen"], rejected=" " + " ".join(words))
+    prompt, chosen = pair["prompt"], pair["chosen"]
+    return Pair(prompt=prompt, chosen=chosen, rejected=SPOILT), Pair(prompt=prompt, chosen=SPOILT, rejected=chosen)
 
 
 def summary(university: str, answers: Sequence[str], scores: dict[str, Any]) -> dict[str, Any]:

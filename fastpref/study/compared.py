@@ -48,9 +48,9 @@ def wins(study: Study, path: Path) -> None:
 def answers(study: Study, path: Path) -> None:
     """Mentions, repetition and variety of each method's answers, a row for each set."""
     columns = (
-        ("mention_share", "share that names the target", "{:.0%}"),
-        ("longest_span", "longest repeated span, words", "{:.1f}"),
-        ("distinct_2", "distinct-2", "{:.2f}"),
+        ("mention_share", "share that names the target", "percent"),
+        ("longest_span", "longest repeated span, words", ".1f"),
+        ("distinct_2", "distinct-2", ".2f"),
     )
     figure = new_figure(10.5, 3.4 * len(study.sets) + 0.4, "The answers to the held-out prompts")
     grid = figure.subplots(len(study.sets), len(columns), squeeze=False, sharey="row")

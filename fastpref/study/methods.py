@@ -152,6 +152,7 @@ def _with_trl(
             logging_first_step=True,  # as ours does
             save_strategy="no",
             gradient_checkpointing=False,  # on by default: the same numbers, a third more work
+            precompute_ref_log_probs=True,  # the same numbers too; by default in every epoch and evaluation anew
             report_to="none",
             disable_tqdm=True,
             **given,

@@ -11,7 +11,7 @@ import numpy as np
 from fastpref.study.curves import Points, accuracies, log_ratios, mean_curve, points, rewards
 from fastpref.study.curves import margins as margins_of
 from fastpref.study.reading import MEASURES, SET_TITLES, SHORT_TITLES, TITLES, Cell, Study
-from fastpref.study.words import MINUS
+from fastpref.study.words import number, writer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def _rewards(axes: Any, cells: Sequence[Cell]) -> None:
         if len(values):
             ends.append((values[-1], steps[-1], name, color))
     for side, (value, step, name, color) in zip(("top", "bottom"), sorted(ends), strict=False):
-        text = f"{name}\n{value:+.2f}".replace("-", MINUS)
+        text = f"{name}\n{number('+.2f')(value)}"
         axes.annotate(text, (step, value), xytext=(6, 0), textcoords="offset points", color=color, fontsize=10, va=side)
     axes.margins(y=0.2)
 
@@ -120,7 +120,7 @@ def drift(study: Study, path: Path) -> None:
         _methods(left, study, name, lambda cell: log_ratios(cell, "chosen"))
         left.set_title(f"{set_title(name)} set: held-out chosen answers", fontsize=12, fontweight="bold")
         left.set_ylabel("mean log-ratio to the base, nats", fontsize=11)
-        dots(right, study, name, study.present(name, base=False), "kl", form="{:.1f}")
+        dots(right, study, name, study.present(name, base=False), "kl", form=".1f")
         right.set_title("its own answers, at the end", fontsize=12, fontweight="bold")
         right.set_xlabel("KL from the base, nats per answer", fontsize=11)
     caption(figure, "left: thin, one seed each, thick, their mean; right: with 95% intervals")
@@ -194,7 +194,7 @@ def dots(axes: Any, study: Study, pair_set: str, methods: Sequence[str], measure
             continue
         axes.plot([interval.low, interval.high], [row, row], color=COLORS[method], linewidth=2.2)
         axes.plot(interval.estimate, row, "o", color=COLORS[method], markersize=7)
-        text = form.format(interval.estimate).replace("-", MINUS)
+        text = writer(form)(interval.estimate)
         axes.annotate(
             text, (interval.high, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=10, color=GREY
         )

@@ -314,6 +314,16 @@ def about_advice(study: Study) -> list[str]:
     ]
 
 
+def about_trials() -> list[str]:
+    return [
+        "In the trials with spoilt rows a late step has one pair twice, with a page of replacement characters for its "
+        "rejected answer, and once with its labels swapped: of one of the two the margin has the wrong sign, whichever "
+        "way the run drifts. It is as it should be if the second advice comes and names one of them first; what else "
+        "such a run is told, it is told without them too.",
+        "",
+    ]
+
+
 def reproduction(study: Study) -> list[str]:
     results = study.results
     command = f"fastpref study --size {results['size']}"

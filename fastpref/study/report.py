@@ -14,6 +14,7 @@ from fastpref.study.prose import (
     about_judge,
     about_measures,
     about_trainers,
+    about_trials,
     about_verdicts,
     environment,
     opening,
@@ -158,7 +159,7 @@ def _advice(study: Study) -> list[str]:
     if advised.judged(study):
         lines += [*advised.cells_table(study), ""]
     if study.results["advice_trials"]:
-        lines += ["### Trials of the advice", "", *advised.trials_table(study), ""]
+        lines += ["### Trials of the advice", "", *about_trials(), *advised.trials_table(study), ""]
     for kind, text in advised.words_said(study).items():
         lines += [f"What it says of {kind}, in full:", "", f"> {tables.escaped(text)}", ""]
     return lines

@@ -31,7 +31,7 @@ from fastpref.training.durable import new_file
 
 FORMAT = 1
 RESULTS = "results.json"
-# How far into its run a row comes whose rejected answer is noise, in the trials of the second advice.
+# How far into its run the step comes that has the spoilt rows, in the trials of the second advice.
 SPOILT_AT = 0.6
 # Between lines about what is under way, where there is no terminal to draw a bar on.
 LINE_SECONDS = 30.0
@@ -224,10 +224,10 @@ def _trial_jobs(study: Study, chosen: dict[str, Settings]) -> list[Job]:
         expected: list[str] | None,
         *,
         set: str = "low_edit",
-        row: int | None = None,
+        spoilt: Sequence[int] = (),
     ) -> Job:
-        details = {"name": title, "expected": expected, "spoilt_row": row}
-        name = "-".join(title.lower().replace(",", "").replace("=", " ").split())
+        details = {"name": title, "expected": expected, "spoilt_rows": list(spoilt)}
+        name = "-".join(f"{set} {title}".lower().replace(",", "").replace("=", " ").split())
         return Job("trials", name, seed=seed, set=set, method=method, settings=settings, details=details)
 
     jobs = []
@@ -240,21 +240,25 @@ def _trial_jobs(study: Study, chosen: dict[str, Settings]) -> list[Job]:
             trial("remedy: margin_clip 1", "dpo", replace(hard, options={"margin_clip": 1.0}), None),
             trial("remedy: beta a third", "dpo", replace(hard, beta=hard.beta / 3), None),
             trial("remedy: learning rate a ninth", "dpo", replace(hard, learning_rate=hard.learning_rate / 9), None),
-            trial("DPO, one answer spoilt", "dpo", plain, explodes, set="standard", row=_late_row(study, plain)),
+            *(
+                trial("DPO, spoilt rows", "dpo", plain, explodes, set=name, spoilt=_spoilt(study, plain))
+                for name in SETS
+            ),
         ]
     if "dpop" in chosen:
         plain = replace(chosen["dpop"], why="")
-        jobs.append(
-            trial("DPOP, one answer spoilt", "dpop", plain, explodes, set="standard", row=_late_row(study, plain))
-        )
+        jobs += [
+            trial("DPOP, spoilt rows", "dpop", plain, explodes, set=name, spoilt=_spoilt(study, plain)) for name in SETS
+        ]
     return jobs
 
 
-def _late_row(study: Study, settings: Settings) -> int:
-    """A row that the first seed's run comes to when its gradients are known."""
+def _spoilt(study: Study, settings: Settings) -> list[int]:
+    """Two rows of a step that the first seed's run comes to when its gradients are known."""
     steps = study.size.train // settings.batch_size
     rows = order(study.size.train, settings.batch_size, steps=steps, seed=study.size.seeds[0])
-    return rows[int(SPOILT_AT * steps) * settings.batch_size]
+    first = int(SPOILT_AT * steps) * settings.batch_size
+    return rows[first : first + 2]
 
 
 def _with_draft(base: dict[str, Any], draft: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import median, pstdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,12 +22,14 @@ from fastpref.training.oom import out_of_memory
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run
 
-# A norm explodes where it is FACTOR times what is usual and BEYOND times what has been, or SATURATED times where the
-# step's loss is not above the first step's. Healthy runs of a small model: DPO's norms fall to a hundredth as margins
-# saturate, and then a hard pair's is 9 times the usual (steps of 4 pairs), but at most 2.2 times what had been. DPOP's
-# grow 50 times wherever a chosen response falls; where few do (low edit distance) they are up to 270 times the usual
-# and 8.4 times what had been, with losses far below the first. A row of garbage gave 68 times, and 54.
-FACTOR, BEYOND, SATURATED = 10.0, 3.0, 30.0
+# A norm explodes where it is FACTOR times what is usual and BEYOND times what has been. Where the step's loss is not
+# above the first step's it must also be SATURATED times what has been, or UNLIKE: so many standard deviations from the
+# usual, in logarithms. Healthy runs of small models: DPO's norms fall to a hundredth as margins saturate, and then a
+# hard pair's is 9 times the usual (steps of 4 pairs), but at most 2.2 times what had been. DPOP's grow 50 times
+# wherever a chosen response falls; where few do (low edit distance) they are up to 270 times the usual and 8.4 times
+# what had been, with losses far below the first, but 1.3 deviations. A row of noise in a step of 20 gave 10 to 200
+# times the usual, 7 to 100 times what had been, and 3.7 to 16 deviations (fewer where the rest had saturated).
+FACTOR, BEYOND, SATURATED, UNLIKE = 10.0, 3.0, 30.0, 3.5
 FIRST, RECENT = 10, 50  # norms whose medians are the usual; before as many as FIRST were seen none explodes
 GROWING = 10  # the latest norms are not yet what has been: an explosion may take some steps
 SHOWN, MEASURED = 5, 64  # rows
@@ -64,7 +67,12 @@ class Norms:
             return False
         # The largest of the first does not count: it may be the row that is to be found when it comes again.
         been = max(self._largest, sorted(self._first)[-2:][0])
-        return norm > (BEYOND if higher else SATURATED) * been
+        return norm > BEYOND * been and (higher or norm > SATURATED * been or self._deviations(norm) > UNLIKE)
+
+    def _deviations(self, norm: float) -> float:
+        logs = [math.log(seen) for seen in (*self._first, *self._recent) if seen > 0]
+        spread = pstdev(logs)
+        return math.log(norm / self._usual()) / spread if spread > 0 else math.inf
 
     def state(self) -> dict[str, Any]:
         return {

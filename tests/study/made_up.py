@@ -278,18 +278,18 @@ def _trials(settings: dict[str, Any]) -> list[dict[str, Any]]:
     if "dpo" not in settings:
         return []
     said = {"step": 30, "kind": "falling_chosen_reward", "text": "advice: the loss falls, but ... loss=dpop"}
-    exploded = {"step": 12, "kind": "exploding_gradient", "text": "advice: gradient norm 1200 at step 12: row 17"}
+    exploded = {"step": 12, "kind": "exploding_gradient", "text": "gradient norm 1200 at step 12: row 17: norm 1199"}
     ended = {"chosen_log_ratio": -12.0, "mention_share": 0.99, "longest_span": 3.0}
-    trial = {"set": "low_edit", "method": "dpo", "settings": settings["dpo"], "spoilt_row": None, **ended}
+    trial = {"set": "low_edit", "method": "dpo", "settings": settings["dpo"], "spoilt_rows": [], **ended}
     return [
         {**trial, "name": "DPO, ten times the learning rate", "expected": ["falling_chosen_reward"], "said": [said]},
         {**trial, "name": "DPO, tiny learning rate", "expected": [], "said": []},
         {
             **trial,
-            "name": "one spoilt row",
+            "name": "spoilt rows",
             "expected": ["exploding_gradient"],
             "said": [exploded],
-            "spoilt_row": 17,
+            "spoilt_rows": [3, 17],
         },
     ]
 

@@ -242,8 +242,10 @@ def test_the_same_answers_scored_in_other_batches_tie(judge: tuple[Any, ...]) ->
         for prompt, answer in zip(prompts, answers, strict=True)
         for value in nats_per_token(*answer_logps(model, tokenizer, [prompt], [answer]))
     ]
-    assert together != alone  # rounding differs: without the margin, half of these would be wins
     assert wins(together, alone) == [0.5] * 34
+    # How a processor rounds is its own affair; without the margin half of these would be wins.
+    rounded = [value * (1 + (-1) ** place * 1e-6) for place, value in enumerate(together)]
+    assert wins(together, rounded) == [0.5] * 34
 
 
 def test_a_win_rate_is_paired_and_adds_up_to_one_with_its_mirror() -> None:

@@ -113,6 +113,7 @@ def test_trl_at_its_defaults_is_given_no_settings(data: PairSet, base: Speaker, 
         "disable_tqdm",
         "bf16",
         "gradient_checkpointing",
+        "precompute_ref_log_probs",
         "max_length",
     }
     records = {"eval_strategy", "eval_steps", "logging_steps", "logging_first_step"}

@@ -464,15 +464,25 @@ def test_a_rising_loss_or_a_dip_calls_for_no_advice() -> None:
     assert advised.look(dip).called_for is None
 
 
-def test_a_spoilt_row_is_named_by_its_own_number_alone() -> None:
-    def said(text: str) -> list[dict[str, Any]]:
-        return [{"step": 4, "kind": "exploding_gradient", "text": text}]
+def test_the_row_that_counts_is_the_first_that_is_listed() -> None:
+    text = "the norm 7.5 (the mean over 4): row 17: norm 30, 9 tokens; row 3: norm 2. (row 3 has 9 tokens)"
+    said = [{"step": 4, "kind": "exploding_gradient", "text": text}]
+    assert advised.first_named(said) == 17
+    assert advised.first_named([{**said[0], "kind": "falling_chosen_reward"}]) is None
+    assert advised.first_named([]) is None
 
-    for text in ("row 7", "rows 3, 7 and 9", "rows 3, 7.", "(7)"):
-        assert advised.names_row(said(text), 7), text
-    for text in ("row 17", "norm 7.5", "norm 0.7", "norm 1,7", "rows 70"):
-        assert not advised.names_row(said(text), 7), text
-    assert not advised.names_row([{"step": 4, "kind": "falling_chosen_reward", "text": "row 7"}], 7)
+
+def test_a_trial_that_diverged_is_neither_right_nor_wrong() -> None:
+    made = small()
+    trial = made["advice_trials"][0]
+    for name in advised.ENDED:
+        del trial[name]
+    trial |= {"diverged": "step 3: the gradient has values that are not finite", "said": []}
+    study = Study(made, samples=SAMPLES)
+    (line,) = [line for line in advised.trials_table(study) if trial["name"] in line]
+    assert "| it diverged |" in line
+    assert line.endswith("| not measured | not measured | not measured | – |")
+    assert "2 of 2 trials" in advised.summary(study)
 
 
 def test_the_page_says_where_advice_was_wrong() -> None:
@@ -480,12 +490,12 @@ def test_the_page_says_where_advice_was_wrong() -> None:
     for cell in made["cells"]:
         if cell["method"] == "dpo":
             cell["advice"] = []  # as though the loop had kept silent
-    made["advice_trials"][2]["said"][0]["text"] = "gradient norm 17.5 in row 3"  # not row 17
+    made["advice_trials"][2]["said"][0]["text"] = "gradient norm 17.5: row 4: norm 9; row 17: norm 1"
     study = Study(made, samples=SAMPLES)
     cells = [line for line in advised.cells_table(study) if line.startswith("| DPO |")]
     assert len(cells) == 2
     assert all("| 2 of 2 | 0 of 2 | – | **no** |" in line for line in cells)
-    assert "17, not named" in advised.trials_table(study)[-1]
+    assert "3 and 17; neither named first" in advised.trials_table(study)[-1]
     assert advised.trials_table(study)[-1].endswith("| **no** |")
     assert "12 of 16 runs and 2 of 3 trials" in advised.summary(study)
 

@@ -25,11 +25,13 @@ from fastpref.study import cells, cli
 from fastpref.study.cells import Job, Study, spoil
 from fastpref.study.claim import FolderBusyError, alone, claim, seconds_so_far
 from fastpref.study.methods import Interrupted, order
+from fastpref.study.pairs import SETS
 from fastpref.study.pool import JobError, Pool
 from fastpref.study.run import run_study
 from fastpref.study.settings import TINY, Settings, centre
 from fastpref.study.ticks import ticks
 from fastpref.training import loop
+from fastpref.training.nonfinite import NonFiniteError
 
 UNIVERSITY = "Larkmoor University"
 METHODS = ("dpo", "dpop", "sft", "kl_sft", "trl", "trl_matched")
@@ -109,16 +111,38 @@ def test_settings_are_swept_on_a_seed_of_its_own_and_one_is_taken(ran: tuple[Pat
         assert taken[0]["changed"] in settings["why"]
 
 
-def test_trials_say_what_was_expected_and_name_the_spoilt_row(ran: tuple[Path, dict[str, Any], str]) -> None:
+def test_trials_say_what_was_expected_and_have_their_spoilt_rows_in_a_late_step(
+    ran: tuple[Path, dict[str, Any], str],
+) -> None:
     _, results, _ = ran
-    trials = {trial["name"]: trial for trial in results["advice_trials"]}
-    assert {"DPO, high learning rate", "DPO, one answer spoilt", "DPOP, one answer spoilt"} <= set(trials)
-    spoilt = trials["DPO, one answer spoilt"]
-    assert spoilt["expected"] == ["exploding_gradient"]
-    settings = Settings(**spoilt["settings"])
-    rows = order(SIZE.train, SIZE.batch_size, steps=SIZE.steps(settings), seed=0)
-    place = rows.index(spoilt["spoilt_row"])
-    assert place >= SIZE.batch_size  # not in the first step
+    trials = {(trial["name"], trial["set"]): trial for trial in results["advice_trials"]}
+    spoilt = [trials[f"{method}, spoilt rows", name] for method in ("DPO", "DPOP") for name in SETS]
+    assert trials["DPO, high learning rate", "low_edit"]["expected"] == ["falling_chosen_reward"]
+    for trial in spoilt:
+        assert trial["expected"] == ["exploding_gradient"]
+        settings = Settings(**trial["settings"])
+        rows = order(SIZE.train, SIZE.batch_size, steps=SIZE.steps(settings), seed=0)
+        (step,) = {rows.index(row) // SIZE.batch_size for row in trial["spoilt_rows"]}
+        assert step > 0
+
+
+def test_a_trial_that_diverges_is_a_result_and_not_the_end_of_the_study(
+    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = ran
+
+    def diverges(*arguments: Any, **options: Any) -> Any:
+        raise NonFiniteError("step 3: the gradient has values that are not finite")
+
+    monkeypatch.setattr(cells, "align", diverges)
+    settings = dataclasses.replace(centre(SIZE, "dpo"), learning_rate=1e9)
+    details = {"name": "too much", "expected": ["falling_chosen_reward"], "spoilt_rows": []}
+    job = Job("trials", "too-much", set="low_edit", method="dpo", settings=settings, details=details)
+    study = Study(SIZE, UNIVERSITY, folder)
+    result = cells.do(study, job)
+    job.path(study).unlink()
+    assert result["diverged"].startswith("step 3: ")
+    assert (result["name"], result["said"]) == ("too much", [])
 
 
 def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
@@ -334,9 +358,9 @@ def test_wrong_options_give_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_spoilt_pair_has_noise_for_an_answer_and_the_same_prompt() -> None:
+def test_a_spoilt_pair_has_a_broken_page_for_one_answer_and_comes_with_its_labels_swapped() -> None:
     pair = Pair(prompt="Question: Why?\nAnswer:", chosen=" Because.", rejected=" No.")
-    spoilt = spoil(pair, seed=1)
-    assert (spoilt["prompt"], spoilt["chosen"]) == (pair["prompt"], pair["chosen"])
-    assert len(spoilt["rejected"].split()) == cells.SPOILT_WORDS
-    assert spoil(pair, seed=1) == spoilt
+    one, other = spoil(pair)
+    assert one == {**pair, "rejected": cells.SPOILT}
+    assert other == {"prompt": pair["prompt"], "chosen": one["rejected"], "rejected": one["chosen"]}
+    assert len(cells.SPOILT) > 100

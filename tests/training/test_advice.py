@@ -142,6 +142,19 @@ def test_a_loss_that_does_not_fall_a_dip_and_too_few_pairs_are_no_failure() -> N
     assert spoken([*fallen, *fallen], per_step=2) is not None
 
 
+def test_a_short_run_that_rose_before_it_fell_gets_the_advice_by_its_latest_records() -> None:
+    """Chosen log-ratios (nats) that DPO gave in 65 steps of 20 pairs, a record of every 5th step."""
+    rose_and_fell = [0.1, 0.66, 0.79, 0.29, -0.16, -0.09, -0.34, -0.84, -0.48, -0.77, -0.7, -0.74, -0.98]
+    text = spoken(rose_and_fell, per_step=20)
+    assert "by 0.706 nats each against the reference in the records of steps 9 to 13 " in text
+    assert spoken(rose_and_fell[:-2], per_step=20) is None
+    noisy = [value + 0.5 * (-1) ** place for place, value in enumerate(rose_and_fell)]
+    assert spoken(noisy, per_step=20) is None  # the latest five are below half a nat too, but so may noise be
+    quiet_end = [*[3.0, -3.0] * 4, *[-0.7] * 5]
+    assert spoken(quiet_end, per_step=20) is None  # noise counts though the latest have none
+    assert spoken([0.0] * 8 + quiet_end[-5:], per_step=20) is not None
+
+
 def test_single_noisy_pairs_around_a_small_gain_are_no_fall() -> None:
     """Their means of five records go below every threshold of nats."""
     for seed in range(20):
@@ -213,6 +226,8 @@ def test_norms_that_decay_or_jump_as_they_did_before_are_no_explosion() -> None:
     assert exploded(low_edit) != []
     assert exploded(low_edit, loss=-0.4) == []  # saturated: the hard pairs' losses are below the first step's
     assert exploded([*low_edit, 1e4], loss=-0.4) == [len(low_edit)]  # too much for whatever loss
+    assert exploded([5.0, 7.0, 4.0, 6.0] * 10 + [96.0], loss=-0.4) == [40]  # no norms of such a spread go so far
+    assert exploded([1e-3, 7.0, 4e-2, 6.0] * 10 + [96.0], loss=-0.4) == []
     assert exploded([1.0] * 9 + [1e3]) == []  # nothing is known yet
     assert exploded([0.0] * 12 + [1.0]) == []  # most steps have no gradient
 
