@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from fastpref.demo.cli import LARGEST_SEED
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
@@ -23,7 +23,7 @@ from fastpref.study.cells import Study
 from fastpref.study.claim import FolderBusyError, claim
 from fastpref.study.endpoint import Endpoint, JudgeError, check_ready
 from fastpref.study.judging import judge_results
-from fastpref.study.pairs import check_university
+from fastpref.study.pairs import SETS, check_university
 from fastpref.study.pool import JobError, cores
 from fastpref.study.report import print_summary, write_report
 from fastpref.study.run import FORMAT, RESULTS, run_study
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             folder=Path(options.output_dir),
             model=_model(options.model),
         )
+        _check_positions(study)
         finish = _judge(options.judge_url, options.judge_model, study.folder, console)
         claim(study)
     except (ValueError, OSError, ImportError, JudgeError) as error:
@@ -138,9 +139,26 @@ def _model(name: str | None) -> str | None:
     path = Path(name).expanduser()
     if path.exists() and not (path / "config.json").is_file():
         raise UsageError(f"--model {name!r} holds no config.json: give the folder of a transformers model")
-    given = str(path.resolve()) if path.exists() else name
-    AutoConfig.from_pretrained(given)  # raises where there is no such model: the judge is trained before it is loaded
-    return given
+    return str(path.resolve()) if path.exists() else name
+
+
+def _check_positions(study: Study) -> None:
+    """Raise where there is no such model, or its positions do not hold a prompt and an answer.
+
+    Before anything is spent: the judge is trained before the model is loaded.
+    """
+    if study.model is None:
+        return
+    positions = getattr(AutoConfig.from_pretrained(study.model), "max_position_embeddings", None)
+    tokenizer = AutoTokenizer.from_pretrained(study.model)
+    prompts = [pair["prompt"] for pair in study.pairs(TUNING_SEED)[SETS[0]].heldout]
+    longest, answer = max(map(len, tokenizer(prompts)["input_ids"])), study.size.max_new_tokens
+    if positions is None or positions < longest + answer:
+        has = "a config without max_position_embeddings" if positions is None else f"{positions} positions"
+        raise UsageError(
+            f"--model {study.model!r} has {has}, but a prompt of {longest} of its tokens and an answer of {answer} "
+            f"need {longest + answer}: give a model with as many, such as GPT-2 with 1024"
+        )
 
 
 def _judge(url: str | None, model: str | None, folder: Path, console: Console) -> Finish | None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
 
 from rich.console import Console
 
+from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
 from fastpref.study import cells, cli
 from fastpref.study.cells import Job, Study, spoil
@@ -31,6 +33,7 @@ from fastpref.study.run import run_study
 from fastpref.study.settings import TINY, Settings, centre
 from fastpref.study.ticks import ticks
 from fastpref.training import loop
+from fastpref.training.checkpoints import save_final_model
 from fastpref.training.nonfinite import NonFiniteError
 
 UNIVERSITY = "Larkmoor University"
@@ -356,6 +359,19 @@ def test_wrong_options_give_one_line(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_positions_do_not_hold_a_prompt_and_an_answer_is_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_tokenizer(["Question: Why?\nAnswer: Because."], vocabulary=300)
+    model = build_model(tokenizer, width=8, layers=1, heads=1, positions=32, seed=0)
+    save_final_model(tmp_path / "short", model, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--size", "tiny", "--model", "short/model"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"short/model' has 32 positions, but a prompt of \d+ of its tokens and an answer of 8 need", error)
+    assert not (tmp_path / "fastpref-study").exists()
 
 
 def test_a_spoilt_pair_has_a_broken_page_for_one_answer_and_comes_with_its_labels_swapped() -> None:
