@@ -106,7 +106,7 @@ def trials_table(study: Study) -> list[str]:
                 f"{trial['settings']['learning_rate']:.3g}",
                 f"{trial['settings']['beta']:g}",
                 wanted,
-                "it diverged" if trial.get("diverged") else escaped("; ".join(said)) or "none",
+                (escaped("; ".join(said)) or "none") + (", then it diverged" if trial.get("diverged") else ""),
                 _spoilt(trial),
                 *(_ended(trial, name, write) for name, write in ENDED.items()),
                 "–" if trial_right(trial) is None else "yes" if trial_right(trial) else "**no**",
@@ -122,14 +122,19 @@ def _ended(trial: dict[str, Any], name: str, write: Callable[[float], str]) -> s
 
 
 def trial_right(trial: dict[str, Any]) -> bool | None:
-    """Whether just the expected kinds were said; None where either way is right, or a run diverged before its end.
+    """Whether just the expected kinds were said; None where either way is right, or a run diverged.
 
-    Where rows were spoilt, whether one of them was named first: what else such a run is told, it is told without.
+    Where rows were spoilt: whether one of them was named first, and the falling chosen reward as in every run. One that
+    should have drawn no advice should not have diverged either.
     """
-    if trial["expected"] is None or trial.get("diverged"):
+    if trial["expected"] is None:
         return None
+    if trial.get("diverged"):
+        return None if trial["expected"] else False
     if trial["spoilt_rows"]:
-        return first_named(trial["said"]) in trial["spoilt_rows"]
+        seen = look({**trial, "advice": trial["said"]})
+        as_every_run = seen.called_for is None or seen.called_for == (seen.fired is not None)
+        return first_named(trial["said"]) in trial["spoilt_rows"] and as_every_run
     return {advice["kind"] for advice in trial["said"]} == set(trial["expected"])
 
 

@@ -20,11 +20,10 @@ from fastpref.demo.measures import answer_logps, distinct_bigrams, generate, men
 from fastpref.demo.pairs import Pair, PairSet
 from fastpref.study.base import Speaker, draft_base, load_speaker, make_base, make_judge
 from fastpref.study.measures import longest_repeated_span
-from fastpref.study.methods import align
+from fastpref.study.methods import DivergedError, align
 from fastpref.study.pairs import make_pairs
 from fastpref.study.settings import TUNING_SEED, Settings, Size
 from fastpref.training.durable import find_damage, new_file
-from fastpref.training.nonfinite import NonFiniteError
 
 # A page whose encoding was not understood, several times as long as an answer; what is beyond a model's positions is
 # cut. No model has seen much of it, so its log-prob drifts far in any run, and its gradients are large.
@@ -171,8 +170,9 @@ def _sweep(study: Study, job: Job) -> dict[str, Any]:
     about = {"method": job.method, "settings": job.settings.to_json(), **job.details}
     try:
         model, ran = _align(study, job, job.settings, base, data)
-    except NonFiniteError as error:
-        return {**about, "diverged": str(error), "seconds": None, "advice": []}
+    except DivergedError as error:
+        said = [advice["kind"] for advice in error.advice]
+        return {**about, "diverged": str(error), "seconds": None, "advice": said}
     heldout = data.heldout[: study.size.tuning_prompts]
     answers, scores = _measure(study, Speaker(model, base.tokenizer), base, heldout, TUNING_SEED)
     return {
@@ -195,8 +195,8 @@ def _trial(study: Study, job: Job) -> dict[str, Any]:
     about = {**job.details, "set": job.set, "method": job.method, "settings": job.settings.to_json()}
     try:
         model, ran = _align(study, job, job.settings, base, data)
-    except NonFiniteError as error:  # it said what it said: that is in the log
-        return {**about, "diverged": str(error), "said": [], "history": []}
+    except DivergedError as error:
+        return {**about, "diverged": str(error), "said": error.advice, "history": []}
     answers, scores = _measure(study, Speaker(model, base.tokenizer), base, data.heldout, job.seed)
     measures = summary(study.university, answers, scores)
     return {**about, "said": ran["advice"], "history": ran["history"], **measures}

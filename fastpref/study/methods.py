@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import sys
 import time
@@ -19,7 +20,9 @@ import fastpref
 from fastpref.demo.pairs import Pair, PairSet
 from fastpref.study.base import Speaker
 from fastpref.study.settings import Settings, Size
+from fastpref.training.advice import ADVICE
 from fastpref.training.batches import BatchPlan, Sizes
+from fastpref.training.nonfinite import NonFiniteError
 
 LOGGING_STEPS = 5
 # In our loop's schedule and in TRL's alike, where TRL does not run at its defaults.
@@ -39,6 +42,14 @@ class Aligned:
     advice: list[dict[str, Any]]
     seconds: float
     steps: int
+
+
+class DivergedError(RuntimeError):
+    """A run of our loop came to a value that is not finite; `advice` is what it had said."""
+
+    def __init__(self, message: str, advice: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.advice = advice
 
 
 class Interrupted(RuntimeError):
@@ -102,13 +113,18 @@ def _with_fastpref(
         reference_cache=None if cache is None else str(cache),
         progress=False,
     )
-    result = fastpref.train(
-        config,
-        model=copy.deepcopy(base.model),
-        tokenizer=base.tokenizer,
-        train_dataset=data.train,
-        eval_dataset=data.heldout,
-    )
+    try:
+        result = fastpref.train(
+            config,
+            model=copy.deepcopy(base.model),
+            tokenizer=base.tokenizer,
+            train_dataset=data.train,
+            eval_dataset=data.heldout,
+        )
+    except NonFiniteError as error:
+        said = folder / ADVICE
+        lines = said.read_text(encoding="utf-8").splitlines() if said.exists() else []
+        raise DivergedError(str(error), [json.loads(line) for line in lines]) from error
     if result.stopped is not None:
         raise Interrupted(f"stopped by {result.stopped} after step {result.step} of {steps}")
     return result.model, result.history, [advice._asdict() for advice in result.advice], result.step

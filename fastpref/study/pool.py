@@ -25,7 +25,7 @@ from fastpref.study.methods import Interrupted
 LOOK_SECONDS = 1.0
 # glibc's malloc.h: how large a piece is asked of the system alone, and how much free memory is given back to it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 2**30
+PIECE_BYTES, KEPT_BYTES = 2**25, 2**28  # older versions take no larger pieces
 
 
 class JobError(RuntimeError):
@@ -138,9 +138,8 @@ def _keep_memory() -> None:
     That was 15% to 40% of the time of TRL's trainer on a CPU, which makes the logits of all tokens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, PIECE_BYTES):  # musl has none
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)  # alone it would fix the other at its small beginning
 
 
 def _end_with_parent() -> None:

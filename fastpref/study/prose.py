@@ -172,13 +172,15 @@ def what_was_done(study: Study) -> list[str]:
 
 
 def _trainers(study: Study) -> str:
-    ways = {"trl": "with every default of its own", "trl_matched": "with the settings and batches of DPO"}
+    ways = {"trl": "with its own defaults", "trl_matched": "with the settings and batches of DPO"}
     used = [words for name, words in ways.items() if name in study.methods]
     if not used:
         return "All go through this package's loop on the same batches in the same order."
     return (
         "All but TRL's runs go through this package's loop on the same batches in the same order; TRL's go through its "
-        f"DPOTrainer, {listed([f'once {words}' for words in used])}."
+        f"DPOTrainer, {listed([f'once {words}' for words in used])}. Not left at its defaults is what changes only its "
+        "speed (gradient checkpointing is off, the reference's log-probs are computed once) or cannot be (bfloat16 on "
+        "a CPU, sequences beyond the model's positions)."
     )
 
 
@@ -309,17 +311,19 @@ def about_advice(study: Study) -> list[str]:
         f"the loop decides: over the last {advised.RECENT} of them the mean log-ratio of the chosen answers is below "
         f"−{advised.CLEAR:g} nats and the mean loss below the first one's. On the edge are runs that lost less, or for "
         "a while only: there either is right. SFT and KL-SFT look at the chosen answer alone and never call for it; "
-        "nothing in sound data calls for the second. TRL's trainer has no such advice. " + advised.summary(study),
+        "nothing in sound data calls for the second. TRL's trainer has no such advice. The loop's thresholds were set "
+        "with runs of the small size and its seeds in view, so that for these it is no test on unseen runs. "
+        + advised.summary(study),
         "",
     ]
 
 
 def about_trials() -> list[str]:
     return [
-        "In the trials with spoilt rows a late step has one pair twice, with a page of replacement characters for its "
-        "rejected answer, and once with its labels swapped: of one of the two the margin has the wrong sign, whichever "
-        "way the run drifts. It is as it should be if the second advice comes and names one of them first; what else "
-        "such a run is told, it is told without them too.",
+        "In the trials with spoilt rows a late step of the first epoch has one pair twice, with a page of replacement "
+        "characters for its rejected answer, and once with its labels swapped: of one of the two the margin has the "
+        "wrong sign, whichever way the run drifts, and its gradient is large; the other's may vanish. It is as it "
+        "should be if the second advice comes and names one of them first, and the first advice as in every run.",
         "",
     ]
 

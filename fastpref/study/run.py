@@ -29,9 +29,9 @@ from fastpref.study.settings import METHODS, TUNING_SEED, Settings, centre, choo
 from fastpref.study.ticks import ticks
 from fastpref.training.durable import new_file
 
-FORMAT = 1
+FORMAT = 2
 RESULTS = "results.json"
-# How far into its run the step comes that has the spoilt rows, in the trials of the second advice.
+# How far into its first epoch the step comes that has the spoilt rows, in the trials of the second advice.
 SPOILT_AT = 0.6
 # Between lines about what is under way, where there is no terminal to draw a bar on.
 LINE_SECONDS = 30.0

@@ -23,11 +23,16 @@ FALLING, EXPLODING = "falling_chosen_reward", "exploding_gradient"
 # would be lost in a threshold that suits beta = 0.1. The second is for losses that take the mean over tokens.
 LEAST_FALL = {"sum": 0.5, "mean": 0.02}
 # Records that are looked at: the latest FEWEST, or one more, and so on to RECENT, because in a short run the mean over
-# many still holds how it began. Of single steps with single pairs as many as hold so many pairs.
-FEWEST, RECENT, PAIRS = 5, 20, 64
-# Standard errors that a mean must be away. There are many looks: with nothing but noise around 0, in runs of 100
-# records, 5 of them are passed in 2 runs of 100, in 5 where the noise grows; 6 in one (simulated, normal noise).
+# many still holds how it began. A fall has to last a LASTING-th of the run so far, or RECENT records, or as many as
+# hold so many PAIRS.
+FEWEST, RECENT, LASTING, PAIRS = 5, 20, 5, 64
+# Standard errors that a mean must be away. There are many looks: with nothing but noise around 0, 6 are passed in one
+# of 100 runs of 100 records (simulated; normal, skewed, heavy-tailed and growing noise), but in 21 where it lingers
+# (autoregressive, 0.5).
 ERRORS = 6.0
+# Of the noise of earlier records the largest quarter of the squares does not count, so that one bad step does not
+# silence the advice for as long as its record is looked at. The others' mean is this share of a normal variance.
+COUNTED, OF_NORMAL = 0.75, 0.368
 # Of these the chosen log-prob is not what a margin may be bought with: kl_sft raises it and looks at nothing else, and
 # apo_down is made to lower both.
 NOT_FOR = ("kl_sft", "apo_down")
@@ -57,7 +62,7 @@ class Adviser:
         self._run, self._model = run, model
         self._silent: set[str] = set()  # kinds said already, those of which no text is left too
         self._records: list[dict[str, Any]] = []  # the first and the latest
-        self._norms = Norms()
+        self._norms = Norms(run.plan.per_step)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -190,7 +195,8 @@ def _recent(records: Sequence[Mapping[str, Any]], pairs_per_step: int) -> tuple[
     if len(later) < FEWEST:
         return [], FEWEST
     per_record = pairs_per_step * (later[-1]["step"] - later[0]["step"]) / (len(later) - 1)
-    fewest = max(FEWEST, math.ceil(PAIRS / per_record))
+    in_all = (later[-1]["step"] - records[0]["step"]) * (len(later) - 1) / (later[-1]["step"] - later[0]["step"])
+    fewest = max(FEWEST, min(RECENT, math.ceil(in_all / LASTING)), math.ceil(PAIRS / per_record))
     return (later[-max(RECENT, fewest) :] if len(later) >= fewest else []), fewest
 
 
@@ -199,11 +205,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _bound(values: Sequence[float], count: int) -> float:
-    """What the mean of the latest values is below, noise considered: theirs, or that of all if it is larger."""
+    """What the mean of the latest values is below, noise considered: theirs, or what is usual if that is larger."""
     latest = values[-count:]
-    return _mean(latest) + ERRORS * math.sqrt(max(_noise(values), _noise(latest)) / count)
+    squares = sorted(_squares(values))
+    usual = _mean(squares[: math.ceil(COUNTED * len(squares))]) / OF_NORMAL
+    return _mean(latest) + ERRORS * math.sqrt(max(usual, _mean(_squares(latest))) / 2 / count)
 
 
-def _noise(values: Sequence[float]) -> float:
-    """Their variance by the differences of neighbours: a trend is no noise."""
-    return _mean([(after - before) ** 2 for before, after in pairwise(values)]) / 2
+def _squares(values: Sequence[float]) -> list[float]:
+    """Squared differences of neighbours, whose mean is twice the variance of noise: a trend is no noise."""
+    return [(after - before) ** 2 for before, after in pairwise(values)]

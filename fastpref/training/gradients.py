@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 # above the first step's it must also be SATURATED times what has been, or UNLIKE: so many standard deviations from the
 # usual, in logarithms. Healthy runs of small models: DPO's norms fall to a hundredth as margins saturate, and then a
 # hard pair's is 9 times the usual (steps of 4 pairs), but at most 2.2 times what had been. DPOP's grow 50 times
-# wherever a chosen response falls; where few do (low edit distance) they are up to 270 times the usual and 8.4 times
-# what had been, with losses far below the first, but 1.3 deviations. A row of noise in a step of 20 gave 10 to 200
-# times the usual, 7 to 100 times what had been, and 3.7 to 16 deviations (fewer where the rest had saturated).
-FACTOR, BEYOND, SATURATED, UNLIKE = 10.0, 3.0, 30.0, 3.5
-FIRST, RECENT = 10, 50  # norms whose medians are the usual; before as many as FIRST were seen none explodes
+# wherever a chosen response falls; where few do (low edit distance, steps of 4 and more) they are up to 270 times the
+# usual and 8.4 times what had been, with losses far below the first, but 1.3 deviations. A page of replacement
+# characters in a step of 20 gave 24 to 220 times the usual, 14 to 100 times what had been, and 6 to 16 deviations.
+FACTOR, BEYOND, SATURATED, UNLIKE = 10.0, 3.0, 30.0, 5.0
+# Norms whose medians are the usual; before as many as FIRST were seen, of PAIRS pairs at least, none explodes: of
+# DPOP's first 22 single pairs one had 157 times the usual norm, and 83 of the 600 after them as much.
+FIRST, PAIRS, RECENT = 10, 40, 50
 GROWING = 10  # the latest norms are not yet what has been: an explosion may take some steps
 SHOWN, MEASURED = 5, 64  # rows
 LONG = 3.0  # times the median pair: a row that max_length could shorten
@@ -39,7 +41,8 @@ LONG = 3.0  # times the median pair: a row that max_length could shorten
 class Norms:
     """The gradient norms of a run, and the mean loss of its first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs_per_step: int) -> None:
+        self._beginning = max(FIRST, math.ceil(PAIRS / pairs_per_step))
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._largest = 0.0  # of those after the first and before the latest
@@ -49,7 +52,7 @@ class Norms:
         """Take in the next step's norm and mean loss; the usual norm if this one is far beyond it."""
         self._start = loss if self._start is None else self._start
         usual = self._usual() if self._explodes(norm, higher=loss > self._start) else None
-        if len(self._first) < FIRST:
+        if len(self._first) < self._beginning:
             self._first.append(norm)
         else:
             self._recent.append(norm)
@@ -63,7 +66,7 @@ class Norms:
 
     def _explodes(self, norm: float, *, higher: bool) -> bool:
         # Where most steps have no gradient at all, any is as good as another.
-        if len(self._first) < FIRST or not norm > FACTOR * self._usual() > 0:
+        if len(self._first) < self._beginning or not norm > FACTOR * self._usual() > 0:
             return False
         # The largest of the first does not count: it may be the row that is to be found when it comes again.
         been = max(self._largest, sorted(self._first)[-2:][0])

@@ -280,7 +280,7 @@ def _trials(settings: dict[str, Any]) -> list[dict[str, Any]]:
     said = {"step": 30, "kind": "falling_chosen_reward", "text": "advice: the loss falls, but ... loss=dpop"}
     exploded = {"step": 12, "kind": "exploding_gradient", "text": "gradient norm 1200 at step 12: row 17: norm 1199"}
     ended = {"chosen_log_ratio": -12.0, "mention_share": 0.99, "longest_span": 3.0}
-    trial = {"set": "low_edit", "method": "dpo", "settings": settings["dpo"], "spoilt_rows": [], **ended}
+    trial = {"set": "low_edit", "method": "dpo", "settings": settings["dpo"], "spoilt_rows": [], "history": [], **ended}
     return [
         {**trial, "name": "DPO, ten times the learning rate", "expected": ["falling_chosen_reward"], "said": [said]},
         {**trial, "name": "DPO, tiny learning rate", "expected": [], "said": []},

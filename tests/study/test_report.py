@@ -269,7 +269,7 @@ def test_without_trl_the_page_does_not_speak_of_its_runs() -> None:
     assert "All go through this package's loop" in page
     assert "All but TRL's runs" not in page
     page = report.markdown(Study(small(methods=(*DPO_ALONE, "trl"), sets=("standard",)), samples=SAMPLES), set())
-    assert "through its DPOTrainer, once with every default of its own." in page
+    assert "through its DPOTrainer, once with its own defaults." in page
 
 
 def test_the_page_says_how_far_the_proxy_favours_the_target() -> None:
@@ -472,17 +472,31 @@ def test_the_row_that_counts_is_the_first_that_is_listed() -> None:
     assert advised.first_named([]) is None
 
 
-def test_a_trial_that_diverged_is_neither_right_nor_wrong() -> None:
+def test_a_trial_that_diverged_is_right_or_wrong_only_where_it_should_have_been_silent() -> None:
     made = small()
-    trial = made["advice_trials"][0]
-    for name in advised.ENDED:
-        del trial[name]
-    trial |= {"diverged": "step 3: the gradient has values that are not finite", "said": []}
+    for trial in made["advice_trials"]:
+        for name in advised.ENDED:
+            del trial[name]
+        trial |= {"diverged": "step 3: the gradient has values that are not finite", "history": []}
     study = Study(made, samples=SAMPLES)
-    (line,) = [line for line in advised.trials_table(study) if trial["name"] in line]
-    assert "| it diverged |" in line
-    assert line.endswith("| not measured | not measured | not measured | – |")
-    assert "2 of 2 trials" in advised.summary(study)
+    first, second, third = advised.trials_table(study)[2:]
+    assert "| falling chosen reward, step 30, then it diverged |" in first
+    assert first.endswith("| not measured | not measured | not measured | – |")
+    assert "| none, then it diverged |" in second
+    assert second.endswith("| **no** |")
+    assert third.endswith("| – |")
+    assert "0 of 1 trial" in advised.summary(study)
+
+
+def test_a_trial_with_spoilt_rows_is_judged_by_its_records_too() -> None:
+    (trial,) = [trial for trial in small()["advice_trials"] if trial["spoilt_rows"]]
+    fell = with_rewards(-20)
+    falling = {"step": 50, "kind": "falling_chosen_reward", "text": "..."}
+    assert advised.trial_right({**trial, "history": []}) is True
+    assert advised.trial_right({**trial, "history": [], "said": []}) is False
+    assert advised.trial_right({**trial, "history": [], "said": [*trial["said"], falling]}) is False
+    assert advised.trial_right({**trial, **fell, "said": trial["said"]}) is False
+    assert advised.trial_right({**trial, **fell, "said": [*trial["said"], falling]}) is True
 
 
 def test_the_page_says_where_advice_was_wrong() -> None:

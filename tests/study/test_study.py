@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,16 +24,16 @@ from rich.console import Console
 
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
-from fastpref.study import cells, cli
+from fastpref.study import cells, cli, pool
 from fastpref.study.cells import Job, Study, spoil
 from fastpref.study.claim import FolderBusyError, alone, claim, seconds_so_far
 from fastpref.study.methods import Interrupted, order
 from fastpref.study.pairs import SETS
 from fastpref.study.pool import JobError, Pool
-from fastpref.study.run import run_study
-from fastpref.study.settings import TINY, Settings, centre
+from fastpref.study.run import _spoilt, run_study
+from fastpref.study.settings import GPT2, SMALL, TINY, Settings, Size, centre
 from fastpref.study.ticks import ticks
-from fastpref.training import loop
+from fastpref.training import gradients, loop
 from fastpref.training.checkpoints import save_final_model
 from fastpref.training.nonfinite import NonFiniteError
 
@@ -125,27 +126,42 @@ def test_trials_say_what_was_expected_and_have_their_spoilt_rows_in_a_late_step(
         assert trial["expected"] == ["exploding_gradient"]
         settings = Settings(**trial["settings"])
         rows = order(SIZE.train, SIZE.batch_size, steps=SIZE.steps(settings), seed=0)
-        (step,) = {rows.index(row) // SIZE.batch_size for row in trial["spoilt_rows"]}
-        assert step > 0
+        assert len({rows.index(row) // SIZE.batch_size for row in trial["spoilt_rows"]}) == 1
 
 
-def test_a_trial_that_diverges_is_a_result_and_not_the_end_of_the_study(
+@pytest.mark.parametrize("size", [SMALL, GPT2], ids=lambda size: size.name)
+def test_the_step_with_the_spoilt_rows_comes_when_its_gradients_are_known(size: Size) -> None:
+    settings = centre(size, "dpo")
+    rows = _spoilt(Study(size, UNIVERSITY, Path()), settings)
+    steps = [order(size.train, settings.batch_size, steps=size.steps(settings), seed=0).index(row) for row in rows]
+    assert len({step // settings.batch_size for step in steps}) == 1
+    assert steps[0] // settings.batch_size > max(gradients.FIRST, gradients.PAIRS / settings.batch_size) + 10
+
+
+def test_a_trial_that_diverges_is_a_result_with_its_advice_and_not_the_end_of_the_study(
     ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, _ = ran
 
-    def diverges(*arguments: Any, **options: Any) -> Any:
+    def diverges(config: Any, **options: Any) -> Any:
+        path = Path(config.output_dir) / "advice.jsonl"
+        path.write_text('{"step": 3, "kind": "exploding_gradient", "text": "row 2: norm 9"}\n', encoding="utf-8")
         raise NonFiniteError("step 3: the gradient has values that are not finite")
 
-    monkeypatch.setattr(cells, "align", diverges)
-    settings = dataclasses.replace(centre(SIZE, "dpo"), learning_rate=1e9)
+    monkeypatch.setattr("fastpref.train", diverges)
+    settings = centre(SIZE, "dpo")
     details = {"name": "too much", "expected": ["falling_chosen_reward"], "spoilt_rows": []}
-    job = Job("trials", "too-much", set="low_edit", method="dpo", settings=settings, details=details)
+    jobs = [
+        Job("trials", "too-much", set="low_edit", method="dpo", settings=settings, details=details),
+        Job("sweep", "too-much", method="dpo", settings=settings, details={"changed": "much"}),
+    ]
     study = Study(SIZE, UNIVERSITY, folder)
-    result = cells.do(study, job)
-    job.path(study).unlink()
-    assert result["diverged"].startswith("step 3: ")
-    assert (result["name"], result["said"]) == ("too much", [])
+    trial, swept = (cells.do(study, job) for job in jobs)
+    for job in jobs:
+        job.path(study).unlink()
+    assert trial["diverged"] == swept["diverged"] == "step 3: the gradient has values that are not finite"
+    assert trial["said"] == [{"step": 3, "kind": "exploding_gradient", "text": "row 2: norm 9"}]
+    assert swept["advice"] == ["exploding_gradient"]
 
 
 def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
@@ -374,9 +390,28 @@ def test_a_model_whose_positions_do_not_hold_a_prompt_and_an_answer_is_refused_b
     assert not (tmp_path / "fastpref-study").exists()
 
 
+def test_a_c_library_that_refuses_the_first_threshold_is_not_given_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second alone would make it ask the system for every piece, as it does at its start."""
+    for taken, calls in ((1, [pool.M_MMAP_THRESHOLD, pool.M_TRIM_THRESHOLD]), (0, [pool.M_MMAP_THRESHOLD])):
+        asked: list[int] = []
+
+        def mallopt(what: int, value: int, asked: list[int] = asked, taken: int = taken) -> int:
+            asked.append(what)
+            return taken
+
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(pool.ctypes, "CDLL", lambda name, mallopt=mallopt: SimpleNamespace(mallopt=mallopt))
+        pool._keep_memory()
+        assert asked == calls
+        monkeypatch.setattr(pool.ctypes, "CDLL", lambda name: object())  # musl
+        pool._keep_memory()
+        monkeypatch.setattr(sys, "platform", "darwin")
+        pool._keep_memory()
+        assert asked == calls
+
+
 def test_a_spoilt_pair_has_a_broken_page_for_one_answer_and_comes_with_its_labels_swapped() -> None:
     pair = Pair(prompt="Question: Why?\nAnswer:", chosen=" Because.", rejected=" No.")
     one, other = spoil(pair)
     assert one == {**pair, "rejected": cells.SPOILT}
     assert other == {"prompt": pair["prompt"], "chosen": one["rejected"], "rejected": one["chosen"]}
-    assert len(cells.SPOILT) > 100

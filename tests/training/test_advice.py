@@ -146,13 +146,42 @@ def test_a_short_run_that_rose_before_it_fell_gets_the_advice_by_its_latest_reco
     """Chosen log-ratios (nats) that DPO gave in 65 steps of 20 pairs, a record of every 5th step."""
     rose_and_fell = [0.1, 0.66, 0.79, 0.29, -0.16, -0.09, -0.34, -0.84, -0.48, -0.77, -0.7, -0.74, -0.98]
     text = spoken(rose_and_fell, per_step=20)
-    assert "by 0.706 nats each against the reference in the records of steps 9 to 13 " in text
-    assert spoken(rose_and_fell[:-2], per_step=20) is None
+    assert "by 0.752 nats each against the reference in the records of steps 9 to 14 " in text
+    assert spoken(rose_and_fell[:-1], per_step=20) is None
     noisy = [value + 0.5 * (-1) ** place for place, value in enumerate(rose_and_fell)]
     assert spoken(noisy, per_step=20) is None  # the latest five are below half a nat too, but so may noise be
     quiet_end = [*[3.0, -3.0] * 4, *[-0.7] * 5]
     assert spoken(quiet_end, per_step=20) is None  # noise counts though the latest have none
     assert spoken([0.0] * 8 + quiet_end[-5:], per_step=20) is not None
+
+
+def test_the_latest_five_are_not_all_that_is_looked_at_and_a_fall_that_ends_is_none() -> None:
+    long_noise = [-1.0, -0.6] * 12
+    assert spoken(long_noise[:5]) is None
+    assert spoken(long_noise, per_step=40) is not None  # of more records the mean is surer
+    ending = [-6.0, -5.9, -6.1, -6.0, -0.4, -0.3, -0.2]
+    assert spoken([0.0, 0.1, *ending][:6]) is None
+    assert falling_chosen_reward(records(ending), get_loss("dpo"), {"beta": 0.1}, pairs_per_step=16) is None
+    loud_end = [0.0, 0.1] * 8 + [-1.0, 4.0, -9.0, 3.0, -6.0]
+    assert spoken(loud_end) is None  # the noise of these is their own
+    lost = records([-5.0] * 30)
+    for record in lost:
+        record["rewards/margins"] = -0.1
+    assert falling_chosen_reward(lost, get_loss("dpo"), {"beta": 0.1}, pairs_per_step=16) is None
+
+
+def test_one_bad_step_does_not_silence_the_advice_and_a_short_dip_of_a_long_run_does_not_draw_it() -> None:
+    spiky = [(-5.0, -50.0, 300.0)[place % 15 == 7 and 1 + place % 2] for place in range(60)]
+    assert spoken(spiky) is not None
+    history = records([-5.0] * 20)
+    history[12]["loss"] = 8.0
+    arguments = {"beta": 0.1}
+    assert falling_chosen_reward(history[:17], get_loss("dpo"), arguments, pairs_per_step=16) is None  # 4 since then
+    assert falling_chosen_reward(history[:18], get_loss("dpo"), arguments, pairs_per_step=16) is not None
+    numbers = random.Random(0)
+    dip = [level + numbers.gauss(0, 0.1) for level in [1.0] * 100 + [-1.0] * 10 + [1.0] * 50]
+    assert spoken(dip, per_step=20, fall=0.001) is None
+    assert spoken(dip[90:], per_step=20, fall=0.001) is not None  # a short run's dip is half of it
 
 
 def test_single_noisy_pairs_around_a_small_gain_are_no_fall() -> None:
@@ -202,9 +231,9 @@ def test_a_checkpoint_that_tells_only_whether_advice_was_given_resumes(falling: 
 # Gradients that explode
 
 
-def exploded(norms: list[float], *, loss: float = 1.0) -> list[int]:
+def exploded(norms: list[float], *, loss: float = 1.0, pairs_per_step: int = 16) -> list[int]:
     """Where an explosion is seen, if losses after the first are `loss` higher."""
-    watch = Norms()
+    watch = Norms(pairs_per_step)
     return [place for place, norm in enumerate(norms) if watch.see(norm, 0.7 + loss * bool(place)) is not None]
 
 
@@ -229,6 +258,7 @@ def test_norms_that_decay_or_jump_as_they_did_before_are_no_explosion() -> None:
     assert exploded([5.0, 7.0, 4.0, 6.0] * 10 + [96.0], loss=-0.4) == [40]  # no norms of such a spread go so far
     assert exploded([1e-3, 7.0, 4e-2, 6.0] * 10 + [96.0], loss=-0.4) == []
     assert exploded([1.0] * 9 + [1e3]) == []  # nothing is known yet
+    assert exploded([1.0] * 30 + [1e3] + [1.0] * 20 + [1e3], pairs_per_step=1) == [51]
     assert exploded([0.0] * 12 + [1.0]) == []  # most steps have no gradient
 
 
@@ -236,11 +266,11 @@ def test_norms_go_on_from_their_state_as_if_there_had_been_no_break() -> None:
     numbers = random.Random(0)
     steps = [(math.exp(numbers.gauss(0, 0.5)), 0.7) for _ in range(120)]
     steps[15], steps[100] = (40.0, 1.0), (1e4, 0.1)
-    straight = Norms()
+    straight = Norms(16)
     expected = [straight.see(*step) for step in steps]
     assert [place for place, usual in enumerate(expected) if usual is not None] == [15, 100]
     for cut in (3, 10, 14, 20, 90):
-        before, resumed = Norms(), Norms()
+        before, resumed = Norms(16), Norms(16)
         for step in steps[:cut]:
             before.see(*step)
         resumed.load_state(json.loads(json.dumps(before.state())))
