@@ -48,8 +48,11 @@ class DivergedError(RuntimeError):
     """A run of our loop came to a value that is not finite; `advice` is what it had said."""
 
     def __init__(self, message: str, advice: list[dict[str, Any]]) -> None:
-        super().__init__(message)
+        super().__init__(message, advice)  # both, since it is made anew from them on its way out of a worker
         self.advice = advice
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Interrupted(RuntimeError):

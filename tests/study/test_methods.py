@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,12 @@ def test_the_taken_setting_mentions_the_target_then_varies_then_is_likely() -> N
     likely_and_dull = row(distinct_2=0.39, proxy_perplexity=1.5)
     taken = row(mention_share=0.96, distinct_2=0.41, proxy_perplexity=2.0)
     assert choose([row(), likely_without, likely_and_dull, taken]) is taken
+
+
+def test_a_run_that_diverged_says_so_out_of_a_worker_too() -> None:
+    error = methods.DivergedError("step 3: not finite", [{"step": 3}])
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        assert (str(one), one.advice) == ("step 3: not finite", [{"step": 3}])
 
 
 def test_a_setting_that_diverged_is_not_taken() -> None:
