@@ -30,7 +30,7 @@ from fastpref.study.claim import FolderBusyError, alone, claim, seconds_so_far
 from fastpref.study.methods import Interrupted, order
 from fastpref.study.pairs import SETS
 from fastpref.study.pool import JobError, Pool
-from fastpref.study.run import _spoilt, run_study
+from fastpref.study.run import FORMAT, _spoilt, run_study
 from fastpref.study.settings import GPT2, SMALL, TINY, Settings, Size, centre
 from fastpref.study.ticks import ticks
 from fastpref.training import gradients, loop
@@ -224,9 +224,9 @@ def test_report_alone_is_written_anew_from_results(
     ("content", "message"),
     [
         ('{"format": 1, "size"', "is damaged"),
-        ("[]", "has format None, and this version reads 1"),
-        ('{"format": 0}', "has format 0, and this version reads 1"),
-        ('{"format": 1}', "has no '"),
+        ("[]", f"has format None, and this version reads {FORMAT}"),
+        ('{"format": 1}', f"has format 1, and this version reads {FORMAT}"),
+        (f'{{"format": {FORMAT}}}', "has no '"),
     ],
 )
 def test_results_that_cannot_be_read_give_one_line(
