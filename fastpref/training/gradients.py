@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 # usual, in logarithms. Healthy runs of small models: DPO's norms fall to a hundredth as margins saturate, and then a
 # hard pair's is 9 times the usual (steps of 4 pairs), but at most 2.2 times what had been. DPOP's grow 50 times
 # wherever a chosen response falls; where few do (low edit distance, steps of 4 and more) they are up to 270 times the
-# usual and 8.4 times what had been, with losses far below the first, but 1.3 deviations. A page of replacement
-# characters in a step of 20 gave 24 to 220 times the usual, 14 to 100 times what had been, and 6 to 16 deviations.
+# usual and 8.4 times what had been, with losses far below the first (one of 34 and 3.9 times was 1.3 deviations away).
+# A page of replacement characters in a step of 20 gave 30 to 200 times the usual, 18 to 100 times what had been, and 6
+# to 16 deviations (six runs).
 FACTOR, BEYOND, SATURATED, UNLIKE = 10.0, 3.0, 30.0, 5.0
-# Norms whose medians are the usual; before as many as FIRST were seen, of PAIRS pairs at least, none explodes: of
-# DPOP's first 22 single pairs one had 157 times the usual norm, and 83 of the 600 after them as much.
+# Norms whose medians are the usual; before as many as FIRST were seen, of PAIRS pairs at least, none explodes: with
+# single pairs two healthy runs of DPOP had a norm of 131 and 157 times the usual by step 11 and 22, and none after.
 FIRST, PAIRS, RECENT = 10, 40, 50
 GROWING = 10  # the latest norms are not yet what has been: an explosion may take some steps
 SHOWN, MEASURED = 5, 64  # rows
