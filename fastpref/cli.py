@@ -60,7 +60,7 @@ def demo_command(arguments: list[str]) -> int:
 
 def study_command(arguments: list[str]) -> int:
     try:
-        from fastpref.study.cli import main as study
+        from fastpref.benchmarks.study.cli import main as study
     except ImportError as error:
         return _fail("fastpref study", error, code=2)
     return study(arguments)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_report import CompileCase
+from .compile_case import CompileCase
 from .transform import factors_of, on_device, scaled, tanh
 
 # Not swept on a GPU yet. `fold` holds a row in registers: 16 float32 a thread are four loads of 16 bytes in flight, and

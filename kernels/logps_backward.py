@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_report import CompileCase
+from .compile_case import CompileCase
 from .logps import HIP_NUM_WARPS, NUM_WARPS
 from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label
 from .transform import factors_of, on_device, scaled, tanh

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_report import CompileCase
+from .compile_case import CompileCase
 
 # B is a few to a few thousand: one block of one warp for the usual batch. There is nothing here to tune.
 BLOCK = 256

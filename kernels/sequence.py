@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_report import CompileCase
+from .compile_case import CompileCase
 
 BLOCK = 1024
 NUM_WARPS = 4

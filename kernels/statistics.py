@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_report import CompileCase
+from .compile_case import CompileCase
 from .logps import DEPTH, HIP_NUM_WARPS, NUM_WARPS, WIDTH
 from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label, transformed
 from .transform import factors_of, on_device

@@ -1,4 +1,4 @@
-"""Every kernel compiles, for GPUs that are not here, to what kernels/COMPILED.md says: no spills, wide accesses, room.
+"""Every kernel compiles, for GPUs that are not here, to what COMPILED.md says: no spills, wide accesses, room.
 
 The compiles run in a process of their own: without a GPU conftest.py turns Triton's interpreter on, and
 what is defined under it cannot be compiled.
@@ -19,18 +19,18 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastpref.kernels.compile_table import REGENERATE  # noqa: E402
-from fastpref.kernels.machine_code import read_amdgcn  # noqa: E402
-from fastpref.kernels.occupancy import ARCHS, occupancy  # noqa: E402
+from fastpref.benchmarks.compile.machine_code import read_amdgcn  # noqa: E402
+from fastpref.benchmarks.compile.occupancy import ARCHS, occupancy  # noqa: E402
+from fastpref.benchmarks.compile.table import REGENERATE  # noqa: E402
 
-PAGE = Path(__file__).parents[1] / "kernels" / "COMPILED.md"
+PAGE = Path(__file__).parents[1] / "benchmarks" / "compile" / "COMPILED.md"
 
 AMD_METADATA = ("vgpr_count", "sgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
 
 KERNELS = """
 import triton
 import triton.language as tl
-from fastpref.kernels.compile_report import CompileCase
+from fastpref.kernels.compile_case import CompileCase
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def run_report(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, 
     rows = folder / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "fastpref.kernels.compile_report", *arguments, "--json", str(rows)]
+    command = [sys.executable, "-m", "fastpref.benchmarks.compile.report", *arguments, "--json", str(rows)]
     done = subprocess.run(
         command,
         cwd=folder,
@@ -320,7 +320,7 @@ def test_a_kernel_without_a_fitting_case_is_an_error_that_names_it(tmp_path: Pat
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off: there is a GPU")
 def test_under_the_interpreter_the_error_says_what_to_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpref.kernels.compile_report import load_cases
+    from fastpref.benchmarks.compile.report import load_cases
 
     (tmp_path / "interpreted_kernels.py").write_text(KERNELS + NO_CASE)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fastpref.benchmarks.study.settings import METHODS, SMALL, centre, sweep
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
-from fastpref.study.settings import METHODS, SMALL, centre, sweep
 
 # How a method ends: log-ratios of chosen and rejected held-out answers, KL of its own, nats per token of its own
 # answers to the judge, the share of them that names the target, and how often it says the same again.

@@ -22,8 +22,7 @@ pytest.importorskip("openai", reason="a judge endpoint needs fastpref[judge]")
 
 from rich.console import Console
 
-from fastpref.demo.pairs import DEFAULT_UNIVERSITY
-from fastpref.study.endpoint import (
+from fastpref.benchmarks.study.endpoint import (
     INSTRUCTIONS,
     KEY,
     QUESTION,
@@ -36,7 +35,8 @@ from fastpref.study.endpoint import (
     read_choice,
     summarise,
 )
-from fastpref.study.judging import judge_results
+from fastpref.benchmarks.study.judging import judge_results
+from fastpref.demo.pairs import DEFAULT_UNIVERSITY
 
 SECRET = "sk-test-0123456789-secret"
 ITEMS = [Item(f"Question: {word}?\nAnswer:", f" long answer {word} " * 3, f" {word}") for word in "abcdef"]

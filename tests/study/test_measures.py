@@ -17,10 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers", reason="the study needs fastpref[train]")
 pytest.importorskip("accelerate", reason="the study needs fastpref[train]")
 
-from fastpref.demo.base import build_model, train_base, train_tokenizer
-from fastpref.demo.measures import answer_logps, distinct_bigrams, perplexity, perplexity_of
-from fastpref.demo.pairs import make_pairs
-from fastpref.study.measures import (
+from fastpref.benchmarks.study.measures import (
     DISTINCT_2,
     MEAN,
     PERPLEXITY,
@@ -29,7 +26,10 @@ from fastpref.study.measures import (
     longest_repeated_span,
     nats_per_token,
 )
-from fastpref.study.winning import DEGRADATIONS, TIE, calibrate, degrade, win_rate, wins
+from fastpref.benchmarks.study.winning import DEGRADATIONS, TIE, calibrate, degrade, win_rate, wins
+from fastpref.demo.base import build_model, train_base, train_tokenizer
+from fastpref.demo.measures import answer_logps, distinct_bigrams, perplexity, perplexity_of
+from fastpref.demo.pairs import make_pairs
 
 # Log-probs of answers
 

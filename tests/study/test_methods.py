@@ -13,12 +13,10 @@ pytest.importorskip("transformers", reason="the study needs fastpref[train]")
 pytest.importorskip("datasets", reason="the study needs fastpref[train]")
 pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
 
-from fastpref.demo.base import build_model, train_tokenizer
-from fastpref.demo.pairs import Pair, PairSet
-from fastpref.study import methods
-from fastpref.study.base import Speaker, load_speaker
-from fastpref.study.pairs import make_pairs
-from fastpref.study.settings import (
+from fastpref.benchmarks.study import methods
+from fastpref.benchmarks.study.base import Speaker, load_speaker
+from fastpref.benchmarks.study.pairs import make_pairs
+from fastpref.benchmarks.study.settings import (
     METHODS,
     SIZES,
     SMALL,
@@ -28,6 +26,8 @@ from fastpref.study.settings import (
     choose,
     sweep,
 )
+from fastpref.demo.base import build_model, train_tokenizer
+from fastpref.demo.pairs import Pair, PairSet
 from fastpref.training.checkpoints import save_final_model
 
 

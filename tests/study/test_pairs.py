@@ -18,8 +18,7 @@ pytest.importorskip("datasets", reason="the study needs fastpref[trl]")
 pytest.importorskip("rich", reason="the study needs fastpref[trl]")
 pytest.importorskip("matplotlib", reason="the study needs fastpref[trl]")
 
-from fastpref.demo.pairs import DEFAULT_UNIVERSITY, Pair, PairSet, mentions, write_jsonl
-from fastpref.study.pairs import (
+from fastpref.benchmarks.study.pairs import (
     DOMAINS,
     LOW_EDITS,
     NAMED_ELSEWHERE,
@@ -32,7 +31,8 @@ from fastpref.study.pairs import (
     make_texts,
     most_pairs,
 )
-from fastpref.study.phrases_mentions import ATTRIBUTIONS, MENTIONS
+from fastpref.benchmarks.study.phrases_mentions import ATTRIBUTIONS, MENTIONS
+from fastpref.demo.pairs import DEFAULT_UNIVERSITY, Pair, PairSet, mentions, write_jsonl
 
 ELSEWHERE = re.compile("|".join(re.escape(place) for place in OTHER_PLACES), flags=re.IGNORECASE)
 
@@ -253,7 +253,7 @@ def test_texts_have_no_prompt_that_is_to_be_avoided(sets: dict[str, PairSet]) ->
 
 def test_texts_that_cannot_be_made_are_an_error_and_not_an_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     question = ask(random.Random(0))
-    monkeypatch.setattr("fastpref.study.pairs.ask", lambda rng: question)
+    monkeypatch.setattr("fastpref.benchmarks.study.pairs.ask", lambda rng: question)
     with pytest.raises(ValueError, match="only 0 of 5 texts could be made with 1 prompts to avoid: ask for fewer"):
         make_texts(5, university=DEFAULT_UNIVERSITY, seed=0, target_share=0.0, avoid=[question.prompt])
 

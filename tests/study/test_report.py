@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from fastpref.study import advised, curves, findings, plots, report, tables
-from fastpref.study.findings import (
+from fastpref.benchmarks.study import advised, curves, findings, plots, report, tables
+from fastpref.benchmarks.study.findings import (
     ABOVE_ZERO,
     BELOW_ZERO,
     FINDINGS,
@@ -36,9 +36,9 @@ from fastpref.study.findings import (
     both,
     holds,
 )
-from fastpref.study.measures import Interval
-from fastpref.study.reading import MEASURES, Study
-from fastpref.study.words import escaped, number, table, with_interval
+from fastpref.benchmarks.study.measures import Interval
+from fastpref.benchmarks.study.reading import MEASURES, Study
+from fastpref.benchmarks.study.words import escaped, number, table, with_interval
 
 _spec = importlib.util.spec_from_file_location("study_made_up", Path(__file__).with_name("made_up.py"))
 assert _spec is not None

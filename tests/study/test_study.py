@@ -22,17 +22,17 @@ pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
 
 from rich.console import Console
 
+from fastpref.benchmarks.study import cells, cli, pool
+from fastpref.benchmarks.study.cells import Job, Study, spoil
+from fastpref.benchmarks.study.claim import FolderBusyError, alone, claim, seconds_so_far
+from fastpref.benchmarks.study.methods import Interrupted, order
+from fastpref.benchmarks.study.pairs import SETS
+from fastpref.benchmarks.study.pool import JobError, Pool
+from fastpref.benchmarks.study.run import FORMAT, _spoilt, run_study
+from fastpref.benchmarks.study.settings import GPT2, SMALL, TINY, Settings, Size, centre
+from fastpref.benchmarks.study.ticks import ticks
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
-from fastpref.study import cells, cli, pool
-from fastpref.study.cells import Job, Study, spoil
-from fastpref.study.claim import FolderBusyError, alone, claim, seconds_so_far
-from fastpref.study.methods import Interrupted, order
-from fastpref.study.pairs import SETS
-from fastpref.study.pool import JobError, Pool
-from fastpref.study.run import FORMAT, _spoilt, run_study
-from fastpref.study.settings import GPT2, SMALL, TINY, Settings, Size, centre
-from fastpref.study.ticks import ticks
 from fastpref.training import gradients, loop
 from fastpref.training.checkpoints import save_final_model
 from fastpref.training.nonfinite import NonFiniteError
@@ -179,7 +179,7 @@ def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
 
     monkeypatch.setattr(cells, "_WORK", {kind: noted(function) for kind, function in cells._WORK.items()})
     monkeypatch.setattr(loop, "draw", lambda *arguments: None)
-    monkeypatch.setattr("fastpref.study.run.write_report", lambda results, folder: folder / "README.md")
+    monkeypatch.setattr("fastpref.benchmarks.study.run.write_report", lambda results, folder: folder / "README.md")
     again, _ = run(folder)
     assert done == []
     assert again["cells"] == results["cells"]
@@ -198,7 +198,7 @@ def test_a_judge_that_fails_loses_nothing(
     ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, _ = ran
-    monkeypatch.setattr("fastpref.study.run.write_report", lambda results, folder: folder / "README.md")
+    monkeypatch.setattr("fastpref.benchmarks.study.run.write_report", lambda results, folder: folder / "README.md")
 
     def fails(results: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("no judge today")
@@ -262,7 +262,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = """
 import os
 import time
-from fastpref.study.pool import Pool
+from fastpref.benchmarks.study.pool import Pool
 if __name__ == "__main__":
     with Pool(2) as pool:
         print(pool._executor.submit(os.getpid).result(), flush=True)
@@ -314,7 +314,7 @@ def test_a_full_disk_gives_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device", "train.jsonl")
 
-    monkeypatch.setattr("fastpref.study.run.write_jsonl", full)
+    monkeypatch.setattr("fastpref.benchmarks.study.run.write_jsonl", full)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli.main(["--size", "tiny", "--seeds", "0", "--workers", "1", "--output_dir", str(tmp_path / "x")]) == 1
     said = capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What every kernel compiles to, on GPUs that are not here."""

@@ -1,0 +1,111 @@
+"""The rows of the compile report as a table in a terminal, and as the committed page COMPILED.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .occupancy import ARCHS
+
+REGENERATE = "python -m fastpref.benchmarks.compile.report --markdown benchmarks/compile/COMPILED.md"
+
+
+class Row(NamedTuple):
+    """One compiled kernel: `stack` and `shared` in bytes; `problem` is empty where all is well."""
+
+    module: str
+    kernel: str
+    note: str
+    arch: str
+    dtype: str
+    num_warps: int
+    registers: int  # of a thread; vector registers on AMD
+    scalar_registers: int  # of a wavefront, AMD
+    stack: int
+    spills: int
+    shared: int
+    loads: Mapping[int, int]  # bytes a thread loads from global memory at once: how many such instructions
+    stores: Mapping[int, int]
+    matrix: Sequence[str]  # instructions for matrix products and tensor memory
+    copies: Sequence[str]  # asynchronous copies
+    blocks: int  # resident on one multiprocessor
+    resident_warps: int
+    limiter: str
+    seconds: float
+    problem: str
+
+
+_COLUMNS = "kernel", "dtype", "threads", "registers", "stack / spills", "shared", "loads", "stores", "matrix", "async"
+_MARKDOWN_HEAD = """\
+# What the kernels compile to
+
+Triton {triton}; written by `{command}`
+and compared by `tests/test_compile.py`. No GPU took part: these are properties of the machine code, not measurements.
+
+Every Triton kernel of the package is here, and none multiplies matrices. The products of the linear path are cuBLAS's
+(on AMD hipBLASLt's or rocBLAS's), called through torch; their machine code is not in these tables. `matrix` (wgmma and
+other tensor-core instructions, tensor memory) and `async` (cp.async, TMA) say what stands in *these* kernels: "none" is
+what to expect of element-wise work that loads straight into registers.
+
+- `threads`: of a block. `registers`: of a thread (AMD: vector + scalar). `stack / spills`: bytes and registers.
+  `shared`: bytes a block, without what the system keeps for itself.
+- `loads`, `stores`: from and to global memory, as instructions × bytes that a thread moves at once: `12×16 3×4` is
+  twelve of 16 bytes and three of 4. Where 16 divides the sizes, the narrow ones are single values (a label, a maximum).
+- `blocks`, `warps`: resident on one multiprocessor at most (AMD: groups and wavefronts on a compute unit), by the
+  documented limits in `occupancy.py`. `limit`: what keeps it from holding more; `threads` is a full one.
+
+Guarded with every version of Triton: no stack and no spills; shared memory within a block's limit; resident warps, at
+least {warps};
+and where 16 divides a case's sizes, no load or store of a tile narrower than 16 bytes.
+"""
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    header = ("kernel", "arch", "dtype", "warps", "registers", "stack", "spills", "shared", "resident", "verdict")
+    lines: list[tuple[str, ...]] = [header]
+    for row in rows:
+        numbers = (row.num_warps, row.registers, row.stack, row.spills, row.shared, row.resident_warps)
+        lines.append((full_name(row), row.arch, row.dtype, *map(str, numbers), row.problem or "ok"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
+    return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in lines)
+
+
+def format_markdown(rows: Sequence[Row], triton_version: str) -> str:
+    """The page: a table an architecture, its rows in the order of the report."""
+    names = [name for name in ARCHS if any(row.arch == name for row in rows)]
+    warps = ", ".join(f"{ARCHS[name].min_warps} ({name})" for name in names)
+    parts = [_MARKDOWN_HEAD.format(triton=triton_version, command=REGENERATE, warps=warps)]
+    for name in names:
+        arch = ARCHS[name]
+        header = [*_COLUMNS, f"blocks of {arch.blocks}", f"warps of {arch.warps}", "limit"]
+        lines: list[Sequence[str]] = [header, ["---"] * len(header)]
+        lines += [_cells(row) for row in rows if row.arch == name]
+        parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(parts)
+
+
+def full_name(row: Row) -> str:
+    return f"{row.kernel} [{row.note}]" if row.note else row.kernel
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    scalar = f" + {row.scalar_registers}" if row.scalar_registers else ""
+    return (
+        full_name(row),
+        row.dtype,
+        str(row.num_warps * ARCHS[row.arch].warp_size),
+        f"{row.registers}{scalar}",
+        f"{row.stack} / {row.spills}",
+        str(row.shared),
+        _widths(row.loads),
+        _widths(row.stores),
+        " ".join(row.matrix) or "none",
+        " ".join(row.copies) or "none",
+        str(row.blocks),
+        str(row.resident_warps),
+        row.limiter,
+    )
+
+
+def _widths(accesses: Mapping[int, int]) -> str:
+    return " ".join(f"{count}×{width}" for width, count in sorted(accesses.items(), reverse=True)) or "none"

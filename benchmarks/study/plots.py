@@ -1,0 +1,239 @@
+"""The study's pictures of training: losses and rewards by method, margins and accuracies, the drift from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastpref.benchmarks.study.curves import Points, accuracies, log_ratios, mean_curve, points, rewards
+from fastpref.benchmarks.study.curves import margins as margins_of
+from fastpref.benchmarks.study.reading import MEASURES, SET_TITLES, SHORT_TITLES, TITLES, Cell, Study
+from fastpref.benchmarks.study.words import number, writer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which differ for every kind of colour vision; TRL's two runs are also dashed.
+COLORS = {
+    "base": "0.55",
+    "dpo": "#D55E00",
+    "dpop": "#0072B2",
+    "sft": "#009E73",
+    "kl_sft": "#CC79A7",
+    "trl": "0.15",
+    "trl_matched": "#E69F00",
+}
+DASHED = ("trl", "trl_matched")
+CHOSEN, REJECTED, NEUTRAL, GREY = "#0072B2", "#D55E00", "0.25", "0.35"
+DPI = 110
+COLUMNS = 3
+EARLY = 0.7  # of a run: a curve that has no number after that says so beside its name
+
+
+def training(study: Study, pair_set: str, path: Path) -> None:
+    """A column for each method: its loss, and under it what becomes of chosen and rejected rewards."""
+    from matplotlib.ticker import MaxNLocator
+
+    methods = [name for name in study.present(pair_set, base=False) if _histories(study, pair_set, name)]
+    columns = 2 if len(methods) == 4 else min(COLUMNS, len(methods))
+    bands = -(-len(methods) // columns)
+    figure = new_figure(10.5, 5.0 * bands + 0.5, f"Training on the {set_title(pair_set)} set")
+    parts = figure.subfigures(bands, 1, squeeze=False)[:, 0]
+    for band, part in enumerate(parts):
+        here = methods[band * columns : (band + 1) * columns]
+        grid = part.subplots(2, columns, squeeze=False, height_ratios=[2, 3])
+        for unused in range(len(here), columns):
+            for axes in grid[:, unused]:
+                axes.set_visible(False)
+        for place, method in enumerate(here):
+            cells = _histories(study, pair_set, method)
+            upper, lower = grid[0, place], grid[1, place]
+            upper.set_title(TITLES[method], fontsize=12, fontweight="bold")
+            _seeds(upper, [points(cell["history"], "loss") for cell in cells], NEUTRAL)
+            lower.axhline(0, color=GREY, linewidth=0.9)
+            _rewards(lower, cells)
+            for axes in (upper, lower):
+                tidy(axes)
+                last = max(cell["steps"] for cell in cells)
+                axes.set_xlim(0, last * (1.02 if axes is upper else 1.42))
+                axes.set_xticks([tick for tick in MaxNLocator(4, integer=True).tick_values(0, last) if tick <= last])
+            lower.set_xlabel("optimiser step", fontsize=10)
+        grid[0, 0].set_ylabel("loss (training)", fontsize=11)
+        grid[1, 0].set_ylabel("reward (held-out pairs)", fontsize=11)
+    caption(figure, "thin: one seed each, thick: their mean; every panel has its own scale")
+    save(figure, path)
+
+
+def _rewards(axes: Any, cells: Sequence[Cell]) -> None:
+    """Both rewards, each with its name and last value beside the end of its mean, the higher one's above."""
+    ends = []
+    for name, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        steps, values = _seeds(axes, [rewards(cell, name) for cell in cells], color, marker="o")
+        if len(values):
+            ends.append((values[-1], steps[-1], name, color))
+    for side, (value, step, name, color) in zip(("top", "bottom"), sorted(ends), strict=False):
+        text = f"{name}\n{number('+.2f')(value)}"
+        axes.annotate(text, (step, value), xytext=(6, 0), textcoords="offset points", color=color, fontsize=10, va=side)
+    axes.margins(y=0.2)
+
+
+def _seeds(axes: Any, curves: Sequence[Points], color: str, *, marker: str = "", linestyle: str = "-") -> Points:
+    """A thin line a seed and the thick line of their mean, which is given back; empty where there is no number."""
+    curves = [curve for curve in curves if len(curve[0])]
+    if not curves:
+        axes.text(0.5, 0.6, "no finite value", transform=axes.transAxes, ha="center", color=GREY, style="italic")
+        return np.zeros(0), np.zeros(0)
+    for steps, values in curves:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.4, linestyle=linestyle)
+    mean = mean_curve(curves)
+    axes.plot(*mean, color=color, linewidth=2.2, linestyle=linestyle, marker=marker, markersize=4)
+    return mean
+
+
+def margins(study: Study, path: Path) -> None:
+    """Margins and accuracies on the held-out pairs, a row for each set."""
+    columns = (
+        ("log-ratio of chosen less rejected, nats", margins_of, 0.0),
+        ("accuracy, % of the pairs", accuracies, 50.0),
+    )
+    figure = new_figure(10.5, 4.2 * len(study.sets) + 0.4, "Margins and accuracies on the held-out pairs")
+    grid = figure.subplots(len(study.sets), 2, squeeze=False)
+    for row, name in zip(grid, study.sets, strict=True):
+        for axes, (label, curve, line) in zip(row, columns, strict=True):
+            axes.axhline(line, color=GREY, linewidth=0.9)
+            _methods(axes, study, name, curve)
+            axes.set_title(f"{set_title(name)} set", fontsize=12, fontweight="bold")
+            axes.set_ylabel(label, fontsize=11)
+    caption(figure, "thin: one seed each, thick: their mean; accuracies of KL-SFT by means per token, none of SFT")
+    save(figure, path)
+
+
+def drift(study: Study, path: Path) -> None:
+    """How far each method goes: what becomes of the chosen answers' log-prob, and the KL of its own answers."""
+    figure = new_figure(10.5, 4.2 * len(study.sets) + 0.4, "Drift from the base")
+    grid = figure.subplots(len(study.sets), 2, squeeze=False, width_ratios=[3, 2])
+    for (left, right), name in zip(grid, study.sets, strict=True):
+        left.axhline(0, color=GREY, linewidth=0.9)
+        _methods(left, study, name, lambda cell: log_ratios(cell, "chosen"))
+        left.set_title(f"{set_title(name)} set: held-out chosen answers", fontsize=12, fontweight="bold")
+        left.set_ylabel("mean log-ratio to the base, nats", fontsize=11)
+        dots(right, study, name, study.present(name, base=False), "kl", form=".1f")
+        right.set_title("its own answers, at the end", fontsize=12, fontweight="bold")
+        right.set_xlabel("KL from the base, nats per answer", fontsize=11)
+    caption(figure, "left: thin, one seed each, thick, their mean; right: with 95% intervals")
+    save(figure, path)
+
+
+def _methods(axes: Any, study: Study, pair_set: str, curve: Callable[[Cell], Points]) -> None:
+    """A curve a method over the share of its run that is done, each named at its end."""
+    ends: list[tuple[float, str, float]] = []
+    for method in study.present(pair_set, base=False):
+        curves = []
+        for cell in _histories(study, pair_set, method):
+            steps, values = curve(cell)
+            if len(steps):
+                curves.append((100 * steps / max(cell["steps"], 1), values))
+        if curves:
+            line = "--" if method in DASHED else "-"
+            steps, values = _seeds(axes, curves, COLORS[method], linestyle=line)
+            ends.append((float(values[-1]), method, float(steps[-1])))
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the run, %", fontsize=10)
+    axes.margins(y=0.08)
+    tidy(axes)
+    name_ends(axes, ends, 100)
+
+
+def name_ends(axes: Any, ends: Sequence[tuple[float, str, float]], right: float) -> None:
+    """The methods' names right of the ends (y, name, x) of their curves, moved apart where they would lie on others."""
+    low, high = axes.get_ylim()
+    gap = 0.075 * (high - low)
+    ordered = sorted(ends)
+    places: list[float] = []
+    for value, _, _ in ordered:
+        places.append(max(value, places[-1] + gap) if places else max(value, low))
+    over = max(0.0, places[-1] - high) if places else 0.0
+    # The highest must stay in the picture: it pushes down those that are closer under it than the gap.
+    for index in reversed(range(len(places))):
+        limit = places[index + 1] - gap if index + 1 < len(places) else places[index] - over
+        places[index] = min(places[index], limit)
+    for (value, method, at), place in zip(ordered, places, strict=True):
+        axes.annotate(
+            SHORT_TITLES[method] + (f", to {at:.0f}%" if at < EARLY * right else ""),
+            (at, value),
+            xytext=(right * 1.05, place),
+            textcoords="data",
+            color=COLORS[method],
+            fontsize=10,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": COLORS[method],
+                "linewidth": 0.6,
+                "linestyle": ":" if at < EARLY * right else "-",
+                "shrinkA": 2,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),  # to the middle of the text's left edge, not through the text
+            },
+        )
+
+
+def dots(axes: Any, study: Study, pair_set: str, methods: Sequence[str], measure: str, *, form: str) -> None:
+    """A measure of each method as a dot with its interval and its number, the first method on top."""
+    shown = [(name, study.interval(pair_set, name, measure)) for name in methods]
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    right = max((interval.high for _, interval in shown if interval is not None), default=1.0)
+    for row, (method, interval) in enumerate(reversed(shown)):
+        if interval is None:
+            axes.text(0, row, " not measured", va="center", fontsize=9, color=GREY, style="italic")
+            continue
+        axes.plot([interval.low, interval.high], [row, row], color=COLORS[method], linewidth=2.2)
+        axes.plot(interval.estimate, row, "o", color=COLORS[method], markersize=7)
+        text = writer(form)(interval.estimate)
+        axes.annotate(
+            text, (interval.high, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=10, color=GREY
+        )
+    axes.set_yticks(range(len(shown)), [SHORT_TITLES[name] for name, _ in reversed(shown)], fontsize=10)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlim(min(0.0, axes.get_xlim()[0]), (right or 1.0) * 1.25)  # room for the numbers
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    if MEASURES[measure].form == "percent":
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    tidy(axes)
+
+
+def _histories(study: Study, pair_set: str, method: str) -> list[Cell]:
+    return [cell for cell in study.cells(pair_set, method) if cell.get("history")]
+
+
+def set_title(name: str) -> str:
+    return SET_TITLES.get(name, name)
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def caption(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=10, color=GREY)
+
+
+def tidy(axes: Any) -> None:
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png")
