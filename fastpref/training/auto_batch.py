@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import gather_object
 
 from fastpref.losses import LossSpec, preference_loss
+from fastpref.memory import Meter
 from fastpref.tables import size_text
 from fastpref.training.batches import BatchPlan
 from fastpref.training.config import TrainConfig
 from fastpref.training.distributed import backward, is_sharded, micro_batch
 from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.memory import Meter
 from fastpref.training.offload import offloading
 from fastpref.training.oom import MemoryLimitError, out_of_memory
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.console import progress_note
 from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
 from fastpref.training.advice import Adviser, said
@@ -21,7 +22,6 @@ from fastpref.training.checkpoints import (
     save_trained_model,
 )
 from fastpref.training.config import TrainConfig
-from fastpref.training.console import progress_note
 from fastpref.training.distributed import backward, clip_gradient, micro_batch, wrap
 from fastpref.training.dry_run import dry_run
 from fastpref.training.durable import SaveError, full_disk_noticed, writing

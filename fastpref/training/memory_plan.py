@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fastpref.linear.peaks import Step, Use, logits_peak
 from fastpref.linear.plan import Problem, machine_of, parse_budget, plan_tokens
+from fastpref.memory import available
 from fastpref.models import SOFTCAPS
 from fastpref.training.collate import IGNORE, Batch
 from fastpref.training.forward import autocasts
-from fastpref.training.memory import available
 from fastpref.training.meta import on_meta
 from fastpref.training.prepare import Run
 

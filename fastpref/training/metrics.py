@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.console import Console
 from fastpref.losses import LossSpec
-from fastpref.training.console import Console
 from fastpref.training.durable import SaveError, new_file, writing
 
 MEANS = (

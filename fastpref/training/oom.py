@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastpref.linear.plan import parse_budget
+from fastpref.memory import available, resident
 from fastpref.tables import size_text
 from fastpref.training.adapters import is_adapted
-from fastpref.training.memory import available, resident
 
 if TYPE_CHECKING:
     from fastpref.training.data import Pair

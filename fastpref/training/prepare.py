@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from fastpref.console import Console
 from fastpref.losses import LossSpec, get_loss
 from fastpref.training.adapters import adapters_wanted
 from fastpref.training.auto_batch import check_auto_batch
@@ -28,7 +29,6 @@ from fastpref.training.config import (
     TRIAL_PAIRS,
     TrainConfig,
 )
-from fastpref.training.console import Console
 from fastpref.training.data import Pair, data_digest, tokenize_rows
 from fastpref.training.distributed import make_accelerator, place
 from fastpref.training.durable import sweep

@@ -18,7 +18,9 @@ from fastpref.benchmarks.study.settings import METHODS, SIZES
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "study"
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent for path in FOLDER.glob("*/results.json")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in FOLDER.glob("*/results.json")), ids=lambda folder: folder.name
+)
 def test_a_committed_page_is_made_of_its_results(folder: Path) -> None:
     """`fastpref study --report benchmarks/study/SIZE` writes it anew after a change of the code."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastpref.memory import Meter, available
 from fastpref.training import MemoryLimitError, TrainConfig, auto_batch, loop, memory, train
 from fastpref.training.auto_batch import by_extrapolation, by_trial, check_auto_batch, pending_state
-from fastpref.training.memory import Meter, available
 from fastpref.training.prepare import prepare
 
 Make = Callable[..., Any]

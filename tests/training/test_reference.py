@@ -423,8 +423,8 @@ def test_the_same_weights_with_another_rotary_scaling_are_another_model() -> Non
 
 
 def test_weights_are_hashed_in_parts_and_shown(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpref.console import Bar
     from fastpref.training import reference_key
-    from fastpref.training.console import Bar
 
     model, bars = make_model(n_embd=64, vocab_size=20_000), []
     whole = digest_of(model)

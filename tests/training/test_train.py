@@ -14,10 +14,10 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastpref
+from fastpref.console import Console
 from fastpref.losses import LOSSES, get_loss
 from fastpref.training import TrainConfig, loop, plots, train
 from fastpref.training.collate import Layout, collate
-from fastpref.training.console import Console
 from fastpref.training.data import tokenize_rows
 from fastpref.training.optimizer import make_optimizer, make_schedule
 from fastpref.training.prepare import _with_defaults, prepare
