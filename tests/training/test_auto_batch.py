@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastpref import memory
 from fastpref.memory import Meter, available
-from fastpref.training import MemoryLimitError, TrainConfig, auto_batch, loop, memory, train
+from fastpref.training import MemoryLimitError, TrainConfig, auto_batch, loop, train
 from fastpref.training.auto_batch import by_extrapolation, by_trial, check_auto_batch, pending_state
 from fastpref.training.prepare import prepare
 

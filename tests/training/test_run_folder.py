@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from fastpref import console
 from fastpref.console import Bar, Console, progress_note
-from fastpref.training import TrainConfig, console, loop, plots, train
+from fastpref.training import TrainConfig, loop, plots, train
 from fastpref.training.arguments import parse_arguments
 from fastpref.training.run_folder import as_options
 
