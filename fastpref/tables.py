@@ -1,8 +1,8 @@
-"""Tables and sizes as the commands print them: by rich where it is installed, in plain text otherwise."""
+"""Tables and sizes: for a terminal by rich, in plain text where it is not installed; for a page in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 
 
@@ -38,3 +38,18 @@ def print_table(
             for cell, width, name in zip(row, widths, header, strict=True)
         ]
         print("  ".join(cells).rstrip())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """The lines of a Markdown table; the first `words` columns to the left, numbers to the right.
+
+    Cells are Markdown: a caller whose text may hold "|" or a line break escapes it.
+
+    Raises:
+        ValueError: a row has another number of cells than the header.
+    """
+    lines = [list(header), ["---"] * words + ["---:"] * (len(header) - words), *map(list, rows)]
+    for line in lines:
+        if len(line) != len(header):
+            raise ValueError(f"a row of a table must have its header's {len(header)} cells, got {len(line)}: {line}")
+    return [f"| {' | '.join(line)} |" for line in lines]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from fastpref.losses.registry import LOSSES, NOTATION
 from fastpref.losses.spec import LossSpec
+from fastpref.tables import markdown_table
 
 
 def table() -> str:
-    lines = ["| loss | formula of one pair | log-probs | options | source |", "| --- | --- | --- | --- | --- |"]
-    lines += [_row(spec) for spec in LOSSES.values()]
+    header = ("loss", "formula of one pair", "log-probs", "options", "source")
+    lines = markdown_table(header, map(_row, LOSSES.values()), words=len(header))
     return "\n".join(lines) + f"\n\n{NOTATION}.\n"
 
 
-def _row(spec: LossSpec) -> str:
+def _row(spec: LossSpec) -> tuple[str, ...]:
     names = ", ".join(f"`{name}`" for name in (spec.name, *spec.aliases)) + (" ⚡" if spec.fused else "")
     options = ", ".join(f"`{option.name}={option.default}`" for option in spec.options) or "–"
     kind = (
@@ -20,7 +21,7 @@ def _row(spec: LossSpec) -> str:
         + ("" if spec.needs_reference else ", no reference")
         + ("" if spec.separable else ", whole batch")
     )
-    return f"| {names} | {spec.formula_text} | {kind} | {options} | {spec.paper} |"
+    return names, spec.formula_text, kind, options, spec.paper
 
 
 if __name__ == "__main__":
