@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastpref.environment import commit, package_version, processor, variables
+from fastpref.environment import record
 from fastpref.training.advice import ADVICE
 from fastpref.training.config import TrainConfig
 from fastpref.training.durable import new_file, writing
 from fastpref.training.prepare import Run
 
 CONFIG, ENVIRONMENT, RESUMED, README = "config.json", "environment.json", "resumed.jsonl", "README.md"
-PACKAGES = (
-    "fastpref",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-)
 # What each file is, in the order in which a reader wants them.
 LISTING = {
     "model": "the trained model and its tokenizer, for from_pretrained",
@@ -75,23 +59,14 @@ def as_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def environment(accelerator: Any) -> dict[str, Any]:
-    """What the run was made with; of the environment's variables those alone that change what runs."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """What the run was made with, and how it is distributed."""
+    here = Path.cwd()
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "versions": {name: package_version(name) for name in PACKAGES},
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda if gpus else None,
+        **record(folder=here),
         "device": str(accelerator.device.type),
         "processes": accelerator.num_processes,
         "distributed": accelerator.distributed_type.value,
-        "folder": str(Path.cwd()),  # that relative paths in the options start from
-        "commit": commit(Path.cwd()),
-        "variables": variables(),
+        "folder": str(here),  # that relative paths in the options start from
     }
 
 
