@@ -1,15 +1,20 @@
-"""How much memory there is, and how much a piece of work takes: on a GPU, or in a process's resident memory."""
+"""How much memory there is, and how much a piece of work takes: on a GPU, or in a process's resident memory.
+
+By psutil, but for what it does not know: the peak of resident memory on Linux and how it is reset, and the limits of
+control groups, which are a container's. Sizes are in bytes.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import sys
 import threading
 from pathlib import Path
 
+import psutil
 import torch
 
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what /proc/self/clear_refs is told, to set VmHWM back to what is resident now
 POLLED = 0.002  # seconds between two looks where the system keeps no peak that can be reset
 
@@ -39,15 +44,15 @@ class Meter:
     def begin(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif not _reset_peak():
+        elif not reset_peak():
             self._poll = _Poll()
 
     def taken(self) -> int:
         """The peak since `begin`. (CUDA's allocator counts when it is asked, so no kernel need have run.)"""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) - self._held
-        peak = _resident_peak() if self._poll is None else self._poll.stop()
-        return max(peak - self._held, 0)
+        highest = peak() if self._poll is None else self._poll.stop()
+        return max(highest - self._held, 0)
 
     def end(self) -> None:
         """Give back what caches hold."""
@@ -83,20 +88,47 @@ class _Poll:
         return self._peak
 
 
-def _process() -> tuple[int, int]:
-    """Bytes of this process's address space, and of it resident."""
-    if sys.platform != "linux":
-        import psutil  # a dependency of accelerate
-
-        found = psutil.Process().memory_info()
-        return found.vms, found.rss
-    pages = Path("/proc/self/statm").read_text().split()
-    return int(pages[0]) * mmap.PAGESIZE, int(pages[1]) * mmap.PAGESIZE
-
-
 def resident() -> int:
-    """Bytes of this process's memory that are in main memory now."""
-    return _process()[1]
+    """What this process has in main memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def private() -> int:
+    """What this process may write and shares with no other, its stack included: what RLIMIT_DATA limits; Linux only."""
+    return psutil.Process().memory_info().data
+
+
+def reset_peak() -> bool:
+    """Have `peak` start again from what is resident now; False where the system does not allow it."""
+    if _high_water_mark() is None:
+        return False
+    try:
+        CLEAR_REFS.write_text(RESET_PEAK)
+    except OSError:  # a container that does not allow it
+        return False
+    return True
+
+
+def peak() -> int:
+    """The most that this process has had in main memory since `reset_peak`, or since its start."""
+    marked = _high_water_mark()
+    if marked is not None:
+        return marked
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    # On Linux the last choice: there a process's ru_maxrss begins with that of the process which started it.
+    import resource
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+def _high_water_mark() -> int | None:
+    """Linux's peak of resident memory, which starts anew with the process; None where there is none."""
+    if not STATUS.is_file():
+        return None
+    marks = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(marks[0].split()[1]) * 1024 if marks else None
 
 
 def _trim() -> None:
@@ -107,42 +139,16 @@ def _trim() -> None:
             trim(0)
 
 
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
-    except OSError:  # another system, or a container that does not allow it
-        return False
-    return True
-
-
-def _resident_peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
-
-
-def available(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: of the machine's memory, its control groups' and its own limit."""
-    limits = [_machine(root), *_group_limits(root)]
+def available() -> int:
+    """What this process may still take: of the machine's memory, its control groups' and its own limit."""
+    limits = [psutil.virtual_memory().available, *_group_limits(Path("/"))]
     if sys.platform != "win32":
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
-            limits.append(limit - _process()[0])
+            limits.append(limit - psutil.Process().memory_info().vms)
     return max(min(limits), 0)
-
-
-def _machine(root: Path) -> int:
-    if sys.platform != "linux":
-        import psutil  # a dependency of accelerate
-
-        return psutil.virtual_memory().available
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
 def _group_limits(root: Path) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fastpref.console import Console
 from fastpref.losses import LossSpec
+from fastpref.memory import peak
 from fastpref.training.durable import SaveError, new_file, writing
 
 MEANS = (
@@ -87,14 +87,7 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: allocated on the GPU, or resident where the run is on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil  # a dependency of accelerate
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak()
 
 
 class Window:

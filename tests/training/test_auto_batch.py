@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastpref import memory
-from fastpref.memory import Meter, available
+from fastpref.memory import Meter
 from fastpref.training import MemoryLimitError, TrainConfig, auto_batch, loop, train
 from fastpref.training.auto_batch import by_extrapolation, by_trial, check_auto_batch, pending_state
 from fastpref.training.prepare import prepare
@@ -245,67 +242,3 @@ def test_on_this_machine_a_real_run_measures_memory_and_takes_the_whole_step(
     result = train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
     assert result.step == 1
     assert "auto_batch: micro-batches of up to 8 pairs, where a step has 8" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("resets", [True, False])
-def test_a_meter_sees_what_was_taken_and_given_back(resets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the system's own peak where it can be reset, else by looking often; an earlier, higher peak does not show."""
-    if not resets:
-        monkeypatch.setattr(memory, "_reset_peak", lambda: False)
-    elif not memory._reset_peak():
-        pytest.skip("the peak of resident memory cannot be reset here")
-    before = torch.ones(48 << 20)  # 192 MiB, and gone again
-    del before
-    meter = Meter(torch.device("cpu"))
-    for size in (32, 64):
-        meter.begin()
-        held = torch.ones(size << 18)  # MiB
-        held.mul_(2).sum()
-        del held
-        assert size - 2 < meter.taken() / 2**20 < size + 16
-        meter.end()
-
-
-def groups(root: Path, **files: str) -> Path:
-    for name, text in {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n", **files}.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
-def test_available_is_the_least_of_the_machine_and_the_limits_of_its_control_groups(tmp_path: Path) -> None:
-    assert available(groups(tmp_path / "a")) == 8000 * 1024
-    two = {
-        "proc/self/cgroup": "0::/slice/job\n",
-        "sys/fs/cgroup/slice/job/memory.max": "max\n",
-        "sys/fs/cgroup/slice/memory.max": "5000000\n",
-        "sys/fs/cgroup/slice/memory.current": "4000000\n",
-        "sys/fs/cgroup/slice/memory.stat": "anon 1\ninactive_file 500000\nactive_file 7\n",
-    }
-    assert available(groups(tmp_path / "b", **two)) == 1_500_000
-    one = {
-        "proc/self/cgroup": "5:cpu:/x\n4:cpuset,memory:/of/the/host\n0::/\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000000\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": "2500000\n",
-        "sys/fs/cgroup/memory/memory.stat": "inactive_file 9\ntotal_inactive_file 200000\n",
-    }
-    assert available(groups(tmp_path / "c", **one)) == 700_000
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
-def test_a_limit_on_the_address_space_counts(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), hard))
-        assert 0 <= available(groups(tmp_path, **{"proc/meminfo": "MemAvailable: 80000000 kB\n"})) <= 4 << 20
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def test_other_devices_cannot_be_measured() -> None:
-    with pytest.raises(ValueError, match="memory of a mps device cannot be measured here: set batch_size yourself"):
-        Meter(torch.device("mps"))
