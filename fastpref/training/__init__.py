@@ -4,6 +4,8 @@ from __future__ import annotations
 
 try:
     import accelerate  # noqa: F401
+    import psutil  # noqa: F401
+    import rich  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(

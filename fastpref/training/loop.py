@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.console import progress_note
 from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
 from fastpref.training.advice import Adviser, said
@@ -27,7 +26,7 @@ from fastpref.training.dry_run import dry_run
 from fastpref.training.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
 from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.metrics import MetricLog, Window, means, pair_sums, peak_memory
+from fastpref.training.metrics import MetricLog, Window, means, pair_sums, peak_memory, progress_note
 from fastpref.training.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.offload import offloading
 from fastpref.training.oom import MemoryLimitError, explained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,6 +88,14 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak()
+
+
+def progress_note(history: Sequence[dict[str, Any]]) -> str:
+    """Rate, loss and margin of the last record of training, for the bar."""
+    last = next((record for record in reversed(history) if "tokens_per_second" in record), None)
+    if last is None:
+        return ""
+    return f"{last['tokens_per_second']:,.0f} tokens/s  loss {last['loss']:.4f}  margin {last['rewards/margins']:.4f}"
 
 
 class Window:
