@@ -33,7 +33,7 @@ class Bar:
 
     def __init__(self, display: Progress, title: str, total: int, *, done: int, unit: str) -> None:
         self._display = display
-        fields = {"unit": f" {unit}s" if unit else "", "note": "", "tokens": 0}
+        fields: dict[str, Any] = {"unit": f" {unit}s" if unit else "", "note": "", "tokens": 0}
         self.id = display.add_task(title, total=total, completed=done, **fields)
         self._task = display.tasks[-1]
         display.advance(self.id, 0)  # the first advance is timed from here
