@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from acceptance import Triple, no_worse_than_eager
 from torch import Tensor
 
 linear = pytest.importorskip("fastpref.kernels.linear", reason="Triton is not installed")
@@ -111,77 +112,77 @@ def test_what_is_kept_is_rounded_once(columns, dtype, device):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("width", [129, 255])
-def test_folding_tile_by_tile_is_logsumexp_over_every_other_column(width, name, device, no_worse_than_eager):
+def test_folding_tile_by_tile_is_logsumexp_over_every_other_column(width, name, device):
     rows, vocab, options = 24, 307, TRANSFORMS[name]
-    logits = make_tile(rows, vocab, device)[0]
     bias = torch.linspace(1, -1, vocab, device=device)
     labels = torch.arange(rows, device=device) * 13
     labels[:4] = torch.tensor([0, vocab - 1, width - 1, width], device=device)
-    running = make_running(rows, device)
-    for start in range(0, vocab, width):
-        tile = slice(start, start + width)
-        linear.fold(logits[:, tile], labels, bias[tile], *running, start=start, **options)
-    truth: dict[str, Tensor] = {}
-    eager: dict[str, Tensor] = {}
-    for dtype, values in ((torch.float64, truth), (torch.float32, eager)):
-        z, _ = plain_logits(logits, bias, dtype, options)
-        values["target"] = z.gather(1, labels.unsqueeze(1)).squeeze(1)
-        values["others"] = z.scatter(1, labels.unsqueeze(1), -math.inf).logsumexp(1)
-    no_worse_than_eager(running.target, eager["target"], truth["target"])
-    no_worse_than_eager(running.maximum + running.total.log(), eager["others"], truth["others"])
+
+    def draw(seed: int) -> list[Triple]:
+        logits = make_tile(rows, vocab, device, seed)[0]
+        running = make_running(rows, device)
+        for start in range(0, vocab, width):
+            tile = slice(start, start + width)
+            linear.fold(logits[:, tile], labels, bias[tile], *running, start=start, **options)
+
+        def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            z, _ = plain_logits(logits, bias, dtype, options)
+            own = labels.unsqueeze(1)
+            return z.gather(1, own).squeeze(1), z.scatter(1, own, -math.inf).logsumexp(1)
+
+        found = running.target, running.maximum + running.total.log()
+        return list(zip(found, plain(torch.float32), plain(torch.float64), strict=True))
+
+    no_worse_than_eager(draw, draws=4)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_kept_tiles_times_their_rescales_are_the_gradient_and_so_are_the_logits(name, device, no_worse_than_eager):
+def test_kept_tiles_times_their_rescales_are_the_gradient_and_so_are_the_logits(name, device):
     """Both ways against autograd in float64, whatever the order in which the maxima came; the two agree."""
     rows, vocab, width, options = 12, 300, 127, TRANSFORMS[name]
-    logits = make_tile(rows, vocab, device)[0] * torch.linspace(0.2, 1, vocab, device=device)  # maxima rise
     bias = torch.linspace(1, -1, vocab, device=device)
     labels = torch.arange(rows, device=device) * 25
     labels[:4] = torch.tensor([0, vocab - 1, width - 1, width], device=device)
     upstream = torch.linspace(-1.5, 2.0, rows, device=device)
-    running, kept = make_running(rows, device), torch.empty_like(logits)
-    shrunk: dict[int, Tensor] = {}  # by start: what the later tiles' maxima left of a tile
     starts = range(0, vocab, width)
-    for start in starts:
-        tile, rescale = slice(start, start + width), torch.empty(rows, device=device)
-        linear.fold(
-            logits[:, tile],
-            labels,
-            bias[tile],
-            *running,
-            start=start,
-            **options,
-            out=kept[:, tile],
-            rescale=rescale,
-        )
-        shrunk = {earlier: factor * rescale for earlier, factor in shrunk.items()}
-        shrunk[start] = torch.ones(rows, device=device)
 
-    final = torch.maximum(running.maximum, running.target)
-    others = running.total * torch.exp(running.maximum - final)
-    rowscale = -upstream / (others + torch.exp(running.target - final))
-    t = running.target * options["temperature"] / options["softcap"] if options["softcap"] else 0 * running.target
-    own = -rowscale * others * (1 - t * t)
-    from_kept, from_logits = torch.empty_like(logits), torch.empty_like(logits)
-    for start in starts:
-        tile = slice(start, start + width)
-        scale = rowscale * torch.exp(running.maximum - final) * shrunk[start]
-        linear.gradient_from_kept(kept[:, tile], labels, scale, own, from_kept[:, tile], start=start)
-        arguments = (logits[:, tile], labels, bias[tile], final, rowscale, own, from_logits[:, tile])
-        linear.gradient_from_logits(*arguments, start=start, **options)
+    def draw(seed: int) -> list[Triple]:
+        rising = torch.linspace(0.2, 1, vocab, device=device)  # of the maxima
+        logits = make_tile(rows, vocab, device, seed)[0] * rising
+        running, kept = make_running(rows, device), torch.empty_like(logits)
+        shrunk: dict[int, Tensor] = {}  # by start: what the later tiles' maxima left of a tile
+        for start in starts:
+            tile, rescale = slice(start, start + width), torch.empty(rows, device=device)
+            arguments = (logits[:, tile], labels, bias[tile], *running)
+            linear.fold(*arguments, start=start, **options, out=kept[:, tile], rescale=rescale)
+            shrunk = {earlier: factor * rescale for earlier, factor in shrunk.items()}
+            shrunk[start] = torch.ones(rows, device=device)
 
-    def autograd(dtype: torch.dtype) -> Tensor:
-        x = logits.to(dtype).requires_grad_()
-        logp = plain_logits(x, bias, dtype, options)[0].log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
-        (gradient,) = torch.autograd.grad(logp, x, upstream.to(dtype))
-        return gradient * (options["temperature"] / options["logit_scale"])  # the caller's factor
+        final = torch.maximum(running.maximum, running.target)
+        others = running.total * torch.exp(running.maximum - final)
+        rowscale = -upstream / (others + torch.exp(running.target - final))
+        t = running.target * options["temperature"] / options["softcap"] if options["softcap"] else 0 * running.target
+        own = -rowscale * others * (1 - t * t)
+        from_kept, from_logits = torch.empty_like(logits), torch.empty_like(logits)
+        for start in starts:
+            tile = slice(start, start + width)
+            scale = rowscale * torch.exp(running.maximum - final) * shrunk[start]
+            linear.gradient_from_kept(kept[:, tile], labels, scale, own, from_kept[:, tile], start=start)
+            arguments = (logits[:, tile], labels, bias[tile], final, rowscale, own, from_logits[:, tile])
+            linear.gradient_from_logits(*arguments, start=start, **options)
+        # Exponents near 20 are rounded in float32 on both ways, at different places.
+        torch.testing.assert_close(from_kept, from_logits, rtol=40 * torch.finfo(torch.float32).eps, atol=1e-30)
 
-    truth, eager = autograd(torch.float64), autograd(torch.float32)
-    no_worse_than_eager(from_kept, eager, truth)
-    no_worse_than_eager(from_logits, eager, truth)
-    # Exponents near 20 are rounded in float32 on both ways, at different places.
-    torch.testing.assert_close(from_kept, from_logits, rtol=40 * torch.finfo(torch.float32).eps, atol=1e-30)
+        def autograd(dtype: torch.dtype) -> Tensor:
+            x = logits.to(dtype).requires_grad_()
+            logp = plain_logits(x, bias, dtype, options)[0].log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+            (gradient,) = torch.autograd.grad(logp, x, upstream.to(dtype))
+            return gradient * (options["temperature"] / options["logit_scale"])  # the caller's factor
+
+        truth, eager = autograd(torch.float64), autograd(torch.float32)
+        return [(from_kept, eager, truth), (from_logits, eager, truth)]
+
+    no_worse_than_eager(draw, draws=4)
 
 
 def test_a_confident_row_keeps_one_minus_p(device):
@@ -281,22 +282,26 @@ def test_gradient_from_kept_is_one_product_rounded_once(columns, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "softcap, scaled"])
 @pytest.mark.parametrize("columns", [*COLUMNS, linear.BLOCK + 3])
-def test_gradient_from_logits_is_no_worse_than_eager(columns, name, dtype, device, no_worse_than_eager):
+def test_gradient_from_logits_is_no_worse_than_eager(columns, name, dtype, device):
     rows, options = 6, TRANSFORMS[name]
-    x, labels = make_tile(rows, columns, device)
     bias = torch.linspace(-1, 1, columns, device=device).to(dtype) if columns % 2 else None
-    maximum = plain_logits(x, bias, torch.float32, options)[0].amax(1) + 0.25  # that of another tile
     rowscale, own = torch.linspace(-2, 1, rows, device=device), torch.linspace(3, 4, rows, device=device)
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-    linear.gradient_from_logits(x, labels, bias, maximum, rowscale, own, out, start=START, **options)
-    at_label = labels.unsqueeze(1) == START + torch.arange(columns, device=device)
 
-    def plain(kind: torch.dtype) -> Tensor:
-        z, slope = plain_logits(x, bias, kind, options)
-        gradient = rowscale.to(kind).unsqueeze(1) * (z - maximum.to(kind).unsqueeze(1)).exp() * slope
-        return torch.where(at_label, own.to(kind).unsqueeze(1), gradient)
+    def draw(seed: int) -> list[Triple]:
+        x, labels = make_tile(rows, columns, device, seed)
+        maximum = plain_logits(x, bias, torch.float32, options)[0].amax(1) + 0.25  # that of another tile
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+        linear.gradient_from_logits(x, labels, bias, maximum, rowscale, own, out, start=START, **options)
+        at_label = labels.unsqueeze(1) == START + torch.arange(columns, device=device)
 
-    no_worse_than_eager(out, plain(torch.float32).to(dtype), plain(torch.float64))
+        def plain(kind: torch.dtype) -> Tensor:
+            z, slope = plain_logits(x, bias, kind, options)
+            gradient = rowscale.to(kind).unsqueeze(1) * (z - maximum.to(kind).unsqueeze(1)).exp() * slope
+            return torch.where(at_label, own.to(kind).unsqueeze(1), gradient)
+
+        return [(out, plain(torch.float32).to(dtype), plain(torch.float64))]
+
+    no_worse_than_eager(draw, draws=4)
 
 
 def test_a_row_scale_of_zero_gives_zeros(device):

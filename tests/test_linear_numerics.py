@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from acceptance import Triple, no_worse_than_eager
 from torch import Tensor
 
 import fastpref
@@ -25,13 +26,14 @@ from fastpref.tiled import Transform
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = ["frozen", "keep", "mixed", "recompute", "two-pass"]
-Check = Callable[[Tensor, Tensor, Tensor], None]
 ALIGNED: dict[str, Any] = {"shift": False}
 
 
-def make(dtype: torch.dtype, device: str, *, rows: int = 43, hidden_size: int = 16, vocab: int = 507) -> list[Tensor]:
-    """[hidden, weight, bias], labels: logits of a standard deviation near 3."""
-    generator = torch.Generator().manual_seed(0)
+def make(
+    dtype: torch.dtype, device: str, *, rows: int = 43, hidden_size: int = 16, vocab: int = 507, seed: int = 0
+) -> list[Tensor]:
+    """[hidden, weight, bias, labels]: logits of a standard deviation near 3."""
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(1, rows, hidden_size, generator=generator)
     weight = torch.randn(vocab, hidden_size, generator=generator) * (3 / hidden_size**0.5)
     bias = torch.randn(vocab, generator=generator)
@@ -60,6 +62,22 @@ def run(function: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: int 
     value = function(*leaves, labels)
     upstream = torch.linspace(-1.5, 2.0, value.numel(), device=value.device, dtype=value.dtype).view(value.shape)
     return [value.detach(), *torch.autograd.grad(value, leaves[:wanted], upstream)]
+
+
+def check(
+    plan: str, dtype: torch.dtype, machine: planning.Machine, make: Callable[[int], list[Tensor]], draws: int
+) -> None:
+    """Values and gradients of a plan, for the inputs that `make` makes of a seed."""
+    wanted = 1 if plan == "frozen" else 3
+
+    def draw(seed: int) -> list[Triple]:
+        tensors = make(seed)
+        exact = [*(x.double() for x in tensors[:3]), tensors[3]]
+        mine = run(forced(plan, dtype, machine), tensors, wanted)
+        eager, truth = run(plain(torch.float32), tensors, wanted), run(plain(torch.float64), exact, wanted)
+        return list(zip(mine, eager, truth, strict=True))
+
+    no_worse_than_eager(draw, draws)
 
 
 @pytest.fixture
@@ -98,36 +116,21 @@ def forced(plan: str, dtype: torch.dtype, machine: planning.Machine) -> Callable
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_is_as_accurate_as_eager(
-    plan: str, dtype: torch.dtype, small_tiles: planning.Machine, device: str, no_worse_than_eager: Check
+    plan: str, dtype: torch.dtype, small_tiles: planning.Machine, device: str
 ) -> None:
-    tensors = make(dtype, device, rows=211)
-    exact = [*(x.double() for x in tensors[:3]), tensors[3]]
-    wanted = 1 if plan == "frozen" else 3
-    mine = run(forced(plan, dtype, small_tiles), tensors, wanted)
-    eager = run(plain(torch.float32), tensors, wanted)
-    truth = run(plain(torch.float64), exact, wanted)
-    for a, b, c in zip(mine, eager, truth, strict=True):
-        no_worse_than_eager(a, b, c)
+    check(plan, dtype, small_tiles, lambda seed: make(dtype, device, rows=211, seed=seed), draws=2)
 
 
 @pytest.mark.parametrize("small_tiles", ["gpu"], indirect=True)
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_kernels_drive_every_plan(
-    plan: str, small_tiles: planning.Machine, backend: str, device: str, no_worse_than_eager: Check
-) -> None:
-    tensors = make(torch.bfloat16, device, rows=23, vocab=255)
-    exact = [*(x.double() for x in tensors[:3]), tensors[3]]
-    wanted = 1 if plan == "frozen" else 3
-    mine = run(forced(plan, torch.bfloat16, small_tiles), tensors, wanted)
-    eager = run(plain(torch.float32), tensors, wanted)
-    truth = run(plain(torch.float64), exact, wanted)
-    for a, b, c in zip(mine, eager, truth, strict=True):
-        no_worse_than_eager(a, b, c)
+def test_the_kernels_drive_every_plan(plan: str, small_tiles: planning.Machine, backend: str, device: str) -> None:
+    dtype = torch.bfloat16
+    check(plan, dtype, small_tiles, lambda seed: make(dtype, device, rows=23, vocab=255, seed=seed), draws=2)
 
 
-def confident(p: float, dtype: torch.dtype, device: str, rows: int = 64) -> list[Tensor]:
+def confident(p: float, dtype: torch.dtype, device: str, *, seed: int = 0) -> list[Tensor]:
     """Rows whose label has the probability p, or near to it: the head's row of the label points along them."""
-    hidden, weight, bias, labels = make(dtype, device, rows=rows)
+    hidden, weight, bias, labels = make(dtype, device, rows=64, seed=seed)
     labels[:] = 7
     hidden = hidden.float()
     direction = F.normalize(torch.ones(hidden.shape[-1], device=device), dim=0)
@@ -145,18 +148,16 @@ def confident(p: float, dtype: torch.dtype, device: str, rows: int = 64) -> list
 @pytest.mark.parametrize("p", [0.999, 0.999999])
 @pytest.mark.parametrize("plan", PLANS)
 def test_confident_rows_keep_their_gradient(
-    plan: str, p: float, dtype: torch.dtype, small_tiles: planning.Machine, device: str, no_worse_than_eager: Check
+    plan: str, p: float, dtype: torch.dtype, small_tiles: planning.Machine, device: str
 ) -> None:
     """1 − p is a sum of the others: a difference of numbers near 1 has no digits left at p = 0.999999."""
-    tensors = confident(p, dtype, device)
-    exact = [*(x.double() for x in tensors[:3]), tensors[3]]
-    wanted = 1 if plan == "frozen" else 3
-    mine = run(forced(plan, dtype, small_tiles), tensors, wanted)
-    eager = run(plain(torch.float32), tensors, wanted)
-    truth = run(plain(torch.float64), exact, wanted)
-    assert -truth[0].max() < 3 * (1 - p)
-    for a, b, c in zip(mine, eager, truth, strict=True):
-        no_worse_than_eager(a, b, c)
+
+    def make_confident(seed: int) -> list[Tensor]:
+        tensors = confident(p, dtype, device, seed=seed)
+        assert -plain(torch.float64)(*tensors).max() < 3 * (1 - p)
+        return tensors
+
+    check(plan, dtype, small_tiles, make_confident, draws=4)
 
 
 @pytest.mark.parametrize("small_tiles", ["cpu"], indirect=True)
@@ -231,19 +232,16 @@ def test_a_label_at_minus_infinity_scores_that_with_a_finite_gradient(wanted: in
 
 @pytest.mark.parametrize("small_tiles", ["cpu", "gpu"], indirect=True)
 @pytest.mark.parametrize("plan", PLANS)
-def test_slices_of_minus_infinity_make_no_nan(
-    plan: str, small_tiles: planning.Machine, device: str, no_worse_than_eager: Check
-) -> None:
+def test_slices_of_minus_infinity_make_no_nan(plan: str, small_tiles: planning.Machine, device: str) -> None:
     """The first slices, and the last, are all −inf."""
-    tensors = make(torch.float32, device)
-    tensors[2][:200] = tensors[2][460:] = -math.inf
-    tensors[3].remainder_(260).add_(200)
-    exact = [*(x.double() for x in tensors[:3]), tensors[3]]
-    wanted = 1 if plan == "frozen" else 3
-    mine = run(forced(plan, torch.float32, small_tiles), tensors, wanted)
-    eager, truth = run(plain(torch.float32), tensors, wanted), run(plain(torch.float64), exact, wanted)
-    for a, b, c in zip(mine, eager, truth, strict=True):
-        no_worse_than_eager(a, b, c)
+
+    def make_cut(seed: int) -> list[Tensor]:
+        tensors = make(torch.float32, device, seed=seed)
+        tensors[2][:200] = tensors[2][460:] = -math.inf
+        tensors[3].remainder_(260).add_(200)
+        return tensors
+
+    check(plan, torch.float32, small_tiles, make_cut, draws=4)
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])

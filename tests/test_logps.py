@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from acceptance import no_worse_than_eager
 
 import fastpref
 from fastpref import reference
@@ -30,11 +31,11 @@ def value_and_grad(function, logits, labels, upstream, **options):
     return value.detach(), x.grad
 
 
-def pooled(name, batch, length, vocab, dtype, device, *, seeds=1, spread=4.0, **options):
-    """(ours, eager, truth) of values and of gradients, over several batches: one small batch is a matter of luck."""
-    results = []
-    for seed in range(seeds):
-        logits, labels = make_batch(batch, length, vocab, dtype, device, seed=seed, spread=spread)
+def compare(name, sizes, dtype, device, *, draws, spread=4.0, **options):
+    """Values and gradients of logits of `sizes` (B, T, V) against the truth."""
+
+    def draw(seed):
+        logits, labels = make_batch(*sizes, dtype, device, seed=seed, spread=spread)
         shape = labels.shape if name == "token_logps" else labels.shape[:1]
         upstream = torch.linspace(-1.5, 2.0, shape.numel(), device=device).view(shape)
         ours = value_and_grad(getattr(fastpref, name), logits, labels, upstream, **options)
@@ -43,28 +44,24 @@ def pooled(name, batch, length, vocab, dtype, device, *, seeds=1, spread=4.0, **
         truth = value_and_grad(twin, logits.double(), labels, upstream, dtype=torch.float64, **options)
         assert ours[0].dtype == torch.float32
         assert ours[1].dtype == dtype
-        results.append([x.flatten() for x in (ours[0], eager[0], truth[0], ours[1], eager[1], truth[1])])
-    columns = [torch.cat(column) for column in zip(*results, strict=True)]
-    return columns[:3], columns[3:]
+        return list(zip(ours, eager, truth, strict=True))
+
+    no_worse_than_eager(draw, draws)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_values_and_gradients_at_any_vocabulary_size(vocab, dtype, backend, device, no_worse_than_eager):
-    batch, length, seeds = (3, 7, 8 if backend == "torch" else 2) if vocab < 1000 else (1, 3, 1)
-    values, gradients = pooled("sequence_logps", batch, length, vocab, dtype, device, seeds=seeds)
-    no_worse_than_eager(*values)
-    no_worse_than_eager(*gradients)
+def test_values_and_gradients_at_any_vocabulary_size(vocab, dtype, backend, device):
+    batch, length, draws = (3, 7, 8 if backend == "torch" else 2) if vocab < 1000 else (1, 3, 1)
+    compare("sequence_logps", (batch, length, vocab), dtype, device, draws=draws)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 2), (1, 13), (5, 1), (7, 3)])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_any_batch_and_length(batch, length, shift, reduction, backend, device, no_worse_than_eager):
-    options = {"shift": shift, "reduction": reduction, "seeds": 12 if backend == "torch" else 3}
-    values, gradients = pooled("sequence_logps", batch, length, 83, torch.float32, device, **options)
-    no_worse_than_eager(*values)
-    no_worse_than_eager(*gradients)
+def test_any_batch_and_length(batch, length, shift, reduction, backend, device):
+    options = {"shift": shift, "reduction": reduction, "draws": 32 if backend == "torch" else 8}
+    compare("sequence_logps", (batch, length, 83), torch.float32, device, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,18 +76,14 @@ def test_any_batch_and_length(batch, length, shift, reduction, backend, device, 
     ],
     ids=str,
 )
-def test_transforms(transform, dtype, backend, device, no_worse_than_eager):
-    options = {"seeds": 5 if backend == "torch" else 2, "spread": 8.0, **transform}
-    values, gradients = pooled("sequence_logps", 3, 5, 507, dtype, device, **options)
-    no_worse_than_eager(*values)
-    no_worse_than_eager(*gradients)
+def test_transforms(transform, dtype, backend, device):
+    draws = 8 if backend == "torch" else 3
+    compare("sequence_logps", (3, 5, 507), dtype, device, draws=draws, spread=8.0, **transform)
 
 
 @pytest.mark.parametrize("shift", [True, False])
-def test_token_values_stand_where_their_labels_stand(shift, backend, device, no_worse_than_eager):
-    values, gradients = pooled("token_logps", 3, 6, 41, torch.float32, device, shift=shift, seeds=10)
-    no_worse_than_eager(*values)
-    no_worse_than_eager(*gradients)
+def test_token_values_stand_where_their_labels_stand(shift, backend, device):
+    compare("token_logps", (3, 6, 41), torch.float32, device, draws=10, shift=shift)
     logits, labels = make_batch(3, 6, 41, torch.float32, device)
     labels[1, 2] = 5
     ours = fastpref.token_logps(logits, labels, shift=shift)
