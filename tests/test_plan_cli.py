@@ -119,8 +119,6 @@ MEASURED: list[tuple[str, Use, int, int, int, int, str, bool]] = [
     ("sequence_logps", "frozen", *WHOLE, "float32", True),
     ("sequence_logps", "forward", *WHOLE, "bfloat16", False),
 ]
-# Where oneDNN makes a float32 copy of a 16-bit product, and this is the peak; with bfloat16 units it may do without.
-COPIED = (("sequence_logps", "forward", *WHOLE, "bfloat16", False), ("chunked", "trainable", *HEAVY, "bfloat16", False))
 FORMULAS = {"plain": peaks.plain_peak, "chunked": peaks.chunked_peak, "sequence_logps": peaks.logits_peak}
 
 
@@ -135,19 +133,20 @@ def measured() -> list[int]:
 
 
 @pytest.mark.parametrize("place", range(len(MEASURED)), ids=["-".join(map(str, case)) for case in MEASURED])
-def test_a_formula_is_within_15_percent_of_the_measured_peak(
+def test_a_measured_peak_is_within_15_percent_of_its_bounds(
     place: int, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way, use, length, scored, hidden_size, vocab, dtype, softcap = MEASURED[place]
-    if MEASURED[place] in COPIED and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        pytest.skip("this CPU has bfloat16 units: nobody has measured what a product copies there")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as where it was measured
     step = Step(
         pairs=1, length=length, share=scored / length, hidden_size=hidden_size, vocab=vocab,
         dtype=getattr(torch, dtype), softcap=softcap,
     )  # fmt: skip
     assert step.rows == 2 * scored
-    assert FORMULAS[way](step, use) == pytest.approx(measured[place], rel=0.15)
+    lower, upper = FORMULAS[way](step, use, copies=False), FORMULAS[way](step, use)
+    assert 0.85 * lower <= measured[place] <= 1.15 * upper
+    if dtype == "float32":  # nothing depends on the processor
+        assert lower == upper
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
@@ -184,7 +183,7 @@ def test_the_plan_shown_is_the_plan_made(budget: int, loss: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("memory", [GIB // 2, 3 * GIB, 80 * GIB])
+@pytest.mark.parametrize("memory", [GIB, 3 * GIB, 80 * GIB])
 def test_the_longest_sequence_fits_and_one_token_more_does_not(memory: int, gpu: bool) -> None:
     step = replace(STEP, gpu=gpu)
     budget = 64 * 2**20

@@ -18,9 +18,13 @@ G is not there before the last product, so a stage before it has G taken off. In
                         (inplace_backward=True, which is not the default, makes it e·M·V)
     linear_*  the plan's peak, plan.py
 
-On a CPU a product of 16-bit operands has a float32 copy of its result beside it (oneDNN, where there are no bfloat16
-units). A softcap leaves its tanh for the backward: e·M·V more (chunked: e·C·V). TRL's function accumulates dW in
-float32 and Liger's takes whole pairs: they may need more than `chunked` says.
+A softcap leaves its tanh for the backward: e·M·V more (chunked: e·C·V). TRL's function accumulates dW in float32 and
+Liger's takes whole pairs: they may need more than `chunked` says.
+
+What a CPU's product of 16-bit operands holds besides depends on the processor, and no flag tells it. oneDNN has a
+float32 copy of the result on some (AVX-512 without bfloat16); on others (bfloat16 units, AMX) it copies the operands of
+dW, and keeps that memory for the next block; with AVX2 it does neither. So each formula is an upper bound, with all of
+these copies, and with `copies=False` a lower bound, with none.
 """
 
 from __future__ import annotations
@@ -103,43 +107,57 @@ class Step:
         )
 
 
-def plain_peak(step: Step, use: Use) -> int:
+def plain_peak(step: Step, use: Use, *, copies: bool = True) -> int:
     e, logits = step.dtype.itemsize, step.positions * step.vocab
     if use == "forward":
         return (e + 8) * logits
     widest = (12 + (e if step.softcap else 0)) * logits
-    return max(widest - step.gradient_bytes(use), e * logits + _product_copy(step, use))
+    return max(widest - step.gradient_bytes(use), e * logits + _product_copies(step, use, step.positions, copies))
 
 
-def chunked_peak(step: Step, use: Use) -> int:
+def chunked_peak(step: Step, use: Use, *, copies: bool = True) -> int:
     e, tile = step.dtype.itemsize, min(CHUNK, step.rows) * step.vocab
     gathered = step.rows * step.hidden_size * e
     if use == "forward":
         return (e + (8 if e < 4 else 4)) * tile + gathered
     dh, head = step.hidden_bytes(), step.gradient_bytes(use) - step.hidden_bytes()
     widest = (12 + (e if step.softcap else 0)) * tile
-    product = e * tile + _product_copy(step, use)
+    product = e * tile + _product_copies(step, use, min(CHUNK, step.rows), copies)
     if step.rows <= CHUNK:  # the block's dW is the gradient itself
         return max(2 * gathered - dh + max(widest - head, product), 2 * gathered)
+    stay = _operand_copies(step, use, CHUNK, copies)
     first_sum = 2 * head + gathered + 2 * CHUNK * step.hidden_size * e - dh
-    return max(2 * gathered - dh + max(widest, product + head), first_sum, 2 * gathered)
+    return max(2 * gathered - dh + max(widest + stay, product + head), first_sum + stay, 2 * gathered)
 
 
-def logits_peak(step: Step, use: Use) -> int:
+def logits_peak(step: Step, use: Use, *, copies: bool = True) -> int:
     e, logits = step.dtype.itemsize, step.positions * step.vocab
     tile = 0 if step.gpu else 4 * _cpu_tile(step.vocab)
-    forward = e * logits + max(tile, 0 if step.gpu or e >= 4 else 4 * logits)
+    forward = e * logits + max(tile, 4 * logits if copies and _may_copy(step) else 0)
     if use == "forward":
         return forward
     gradient = e * (step.positions if step.gpu else step.rows) * step.vocab
     backward = e * logits * (2 if step.softcap else 1) + gradient + tile * (2 if step.softcap else 1)
-    return max(max(forward, backward) - step.gradient_bytes(use), gradient + _product_copy(step, use))
+    return max(
+        max(forward, backward) - step.gradient_bytes(use), gradient + _product_copies(step, use, step.rows, copies)
+    )
 
 
-def _product_copy(step: Step, use: Use) -> int:
-    """The float32 copy that a CPU makes of a 16-bit dW."""
-    wanted = use == "trainable" and not step.gpu and step.dtype.itemsize < 4
-    return 4 * step.vocab * step.hidden_size if wanted else 0
+def _may_copy(step: Step) -> bool:
+    return not step.gpu and step.dtype.itemsize < 4
+
+
+def _operand_copies(step: Step, use: Use, rows: int, copies: bool) -> int:
+    """What oneDNN may keep of a 16-bit dW (V, H) over `rows` rows: copies of both operands and of the result."""
+    if not (copies and use == "trainable" and _may_copy(step)):
+        return 0
+    return step.dtype.itemsize * (rows * (step.vocab + step.hidden_size) + step.vocab * step.hidden_size)
+
+
+def _product_copies(step: Step, use: Use, rows: int, copies: bool) -> int:
+    """The same, and a float32 copy of the result while the product runs."""
+    kept = _operand_copies(step, use, rows, copies)
+    return kept + 4 * step.vocab * step.hidden_size if kept else 0
 
 
 def _cpu_tile(vocab: int) -> int:
