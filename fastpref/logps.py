@@ -39,10 +39,11 @@ def token_logps(
 ) -> Any:  # float32, the shape of labels; with extras a tuple of it and TokenExtras
     """The log-probability of each label under its position's logits.
 
-    .. warning:: **shift.** With `shift=True` (the default) labels come as a causal LM gets them: position t of `logits`
-       predicts `labels[:, t + 1]`, and the first label of a sequence is never scored. With `shift=False` position t
-       scores `labels[:, t]`: pass that if you have shifted already (`logits[:, :-1], labels[:, 1:]`). Shifting twice,
-       or not at all, gives numbers that look plausible and are wrong.
+    Warning: shift
+        With `shift=True` (the default) labels come as a causal LM gets them: position t of `logits` predicts
+        `labels[:, t + 1]`, and the first label of a sequence is never scored. With `shift=False` position t scores
+        `labels[:, t]`: pass that if you have shifted already (`logits[:, :-1], labels[:, 1:]`). Shifting twice, or not
+        at all, gives numbers that look plausible and are wrong.
 
     The value of a label stands where the label stands: `out[b, t]` is log p(`labels[b, t]`), so `out` lines up with
     `labels` and `mask` whether they are shifted or not. Natural logarithm; float32 whatever the logits are.
@@ -122,10 +123,11 @@ def sequence_logps(
 ) -> Any:  # (B,) float32; with return_lengths a tuple with (B,) int64 and with extras one that ends with TokenExtras
     """The log-probability of each sequence's scored tokens: what DPO and its family need of a model.
 
-    .. warning:: **shift.** `shift=True` (the default) takes labels as a causal LM gets them and shifts them itself;
-       pass `shift=False` for logits and labels that are aligned already. See `token_logps`, which also explains `mask`,
-       `ignore_index`, `temperature`, `logit_scale`, `softcap`, `inplace_backward`, `extras` (a value a token, here
-       too), `entropy_grad` and `vocab_group`.
+    Warning: shift
+        `shift=True` (the default) takes labels as a causal LM gets them and shifts them itself; pass `shift=False` for
+        logits and labels that are aligned already. See `token_logps`, which also explains `mask`, `ignore_index`,
+        `temperature`, `logit_scale`, `softcap`, `inplace_backward`, `extras` (a value a token, here too),
+        `entropy_grad` and `vocab_group`.
 
     Args:
         logits, labels: (B, T, V) and (B, T); or packed, (N_total, V) and (N_total,) with `cu_seqlens`.
@@ -149,7 +151,7 @@ def sequence_logps(
         other sequences or on padding.
 
     Raises:
-        As `token_logps`; and ValueError for an empty sequence with `on_empty="raise"`.
+        ValueError, TypeError, RuntimeError: as `token_logps`; ValueError for an empty sequence with `on_empty="raise"`.
     """
     check_layout(context_group, context_layout)
     if context_group is not None:

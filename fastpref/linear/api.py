@@ -48,9 +48,10 @@ def linear_token_logps(
 ) -> Any:  # the shape of labels, float32; with extras a tuple of that and a TokenExtras
     """`token_logps` of the logits `hidden @ weight.T + bias`, which never exist beyond a tile.
 
-    .. warning:: **shift.** With `shift=True` (the default) position t of `hidden` predicts `labels[:, t + 1]`; pass
-       `shift=False` for labels that are aligned already. See `fastpref.token_logps`, which also explains `mask`,
-       `cu_seqlens`, `ignore_index`, `temperature`, `logit_scale` and `softcap`.
+    Warning: shift
+        With `shift=True` (the default) position t of `hidden` predicts `labels[:, t + 1]`; pass `shift=False` for
+        labels that are aligned already. See `fastpref.token_logps`, which also explains `mask`, `cu_seqlens`,
+        `ignore_index`, `temperature`, `logit_scale` and `softcap`.
 
     Only scored rows reach a matrix product. One product gives the values; the gradients take one more with a frozen
     head (2·N·H·V operations each), two more with a trainable one while a row's softmax fits the budget, and up to one

@@ -75,7 +75,8 @@ def linear_preference_loss(
     a loss of one argument (sigmoid, cdpo, robust, hinge, ipo, dpop, sigmoid_norm) at any length, where the budget holds
     a float32 copy of the head (two for more than one pair); else up to four. A frozen head takes two.
 
-    .. warning:: `shift=True` (the default) takes labels as a causal LM gets them; see `fastpref.token_logps`.
+    Warning: shift
+        `shift=True` (the default) takes labels as a causal LM gets them; see `fastpref.token_logps`.
 
     Args:
         hidden, weight, labels, bias, memory_budget and the rest: as `linear_sequence_logps`.
@@ -94,7 +95,8 @@ def linear_preference_loss(
         works. A backward through `losses` raises instead of dropping gradients.
 
     Raises:
-        As `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of sequences.
+        ValueError, TypeError: as `linear_sequence_logps` and `preference_loss`; ValueError for an odd number of
+            sequences.
     """
     chosen_loss: Any = None
 
