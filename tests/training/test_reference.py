@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import fastpref
 from fastpref.training import reference, reference_model, with_reference
@@ -562,6 +563,10 @@ def test_an_adapter_that_transformers_added_is_off_too(reference_of: Make, make_
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     expected = reference_of()
     policy = make_model()
+    try:  # transformers may ask for a newer PEFT than the one installed
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"{error}; PEFT {peft.__version__} is installed")
     policy.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
     assert reference_of(policy, output_dir=str(tmp_path / "fresh")) == expected
     ids = torch.arange(9)[None]
