@@ -132,8 +132,11 @@ def _check(device: str) -> tuple[list[str], bool]:
     if path == "triton" and device == "cpu":
         lines.append("interpreted (TRITON_INTERPRET=1): for tests of the kernels, far too slow for work")
         second = torch.float16  # the interpreter rounds to bfloat16 towards zero, which no GPU does
-    if backend.triton_installed() and (problem := _triton_problem()) is not None:
-        lines.append(f"the Triton kernels cannot be imported: {problem}")
+    if backend.triton_installed():
+        if (problem := _triton_problem()) is not None:
+            lines.append(f"the Triton kernels cannot be imported: {problem}")
+        elif (problem := importlib.import_module("fastpref.interpreter").interpreter_problem()) is not None:
+            lines.append(f"{problem} (this concerns tests of the kernels without a GPU, nothing else)")
     if path == "triton" and "cuda" in device and (problem := _compiler_problem()) is not None:
         lines.append(problem)
     try:

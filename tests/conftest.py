@@ -20,10 +20,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def kernels_run() -> None:
+    """Skips a test of the kernels where they cannot run: without Triton, or where its interpreter fails."""
+    interpreter = pytest.importorskip("fastpref.interpreter", reason="Triton is not installed")
+    if INTERPRETED and (problem := interpreter.interpreter_problem()) is not None:
+        pytest.skip(problem)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test that takes it runs on the torch path and on the kernels (interpreted where there is no GPU)."""
     if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
+        request.getfixturevalue("kernels_run")
     monkeypatch.setenv("FASTPREF_BACKEND", request.param)
     return request.param

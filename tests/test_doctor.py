@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,3 +139,35 @@ def test_a_broken_triton_is_reported_and_the_torch_path_still_checked(tmp_path: 
     assert code == 0, printed
     assert "the Triton kernels cannot be imported: ImportError: triton: libfoo.so is missing" in printed
     assert printed.count(": right\n") == 2
+
+
+def test_an_interpreter_that_fails_is_reported_in_one_line_and_nothing_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter = pytest.importorskip("fastpref.interpreter", reason="Triton is not installed")
+
+    class Failing:
+        def __init__(self, kernel: Any) -> None:
+            pass
+
+        def __getitem__(self, grid: Any) -> Any:
+            int(np.array([3, 4]))  # raises TypeError, as Triton 3.6 does under NumPy 2.4
+
+    monkeypatch.setattr(interpreter, "InterpretedFunction", Failing)
+    monkeypatch.setattr(interpreter, "interpreter_problem", interpreter.interpreter_problem.__wrapped__)
+    monkeypatch.setenv("FASTPREF_BACKEND", "torch")
+    assert doctor.main(["--device", "cpu"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cannot interpret" in line]
+    assert version("triton") in line
+    assert f"NumPy {np.__version__}" in line
+    assert "arrays" in line, "what NumPy said"
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_a_kernel_with_a_loop_tells_whether_the_interpreter_works(interpreted: str, tmp_path: Path) -> None:
+    """The same answer with and without `TRITON_INTERPRET`: doctor runs without, the tests with it."""
+    interpreter = pytest.importorskip("fastpref.interpreter", reason="Triton is not installed")
+    code = "from fastpref.interpreter import interpreter_problem; print(interpreter_problem())"
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{interpreter.interpreter_problem()}\n", done.stderr
