@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ class Suite(ABC):
         """Bytes that must move or operations that must be done, whatever a provider moves or does."""
 
     def weighs(self, case: Any, provider: str, device: str) -> bool:
-        """Whether memory is measured; not where that is another call of half a minute."""
-        return True
+        """Whether memory is measured: not where that is another call of half a minute; of a CPU on Linux alone."""
+        return device.startswith("cuda") or sys.platform == "linux"
 
     def forget(self) -> None:  # noqa: B027
         """Frees what a suite keeps between calls."""

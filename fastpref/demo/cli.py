@@ -6,14 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from fastpref.console import Console
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
-from fastpref.demo.run import FULL, QUICK, claim, run_demo
+from fastpref.demo.run import FULL, OUTPUTS, QUICK, run_demo
+from fastpref.folders import Claim, Owner, claim, claim_next
 from fastpref.options import Parser
+from fastpref.training.stopping import Stopped, exit_code
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
 LARGEST_SEED = 2**31 - 1
+FOLDER = Path("fastpref-demo")
 
 
 def _seed(text: str) -> int:
@@ -38,27 +40,42 @@ def _parser() -> Parser:
         default=DEFAULT_UNIVERSITY,
         help="the name that chosen answers mention (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", default="./fastpref-demo", help="folder of the results (default: %(default)s)")
+    parser.add_argument("--output_dir", help=f"new folder of the results (default: {FOLDER}, {FOLDER}-2, ...)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and sampling (default: 0)")
     parser.add_argument("--quick", action="store_true", help="the same at a small scale, for CI; proves little")
     return parser
 
 
+def _claim(options: argparse.Namespace) -> Claim:
+    owner = Owner("fastpref demo", {name: getattr(options, name) for name in ("university", "seed", "quick")})
+    if options.output_dir is None:
+        return claim_next(FOLDER, owner)
+    found = claim(Path(options.output_dir), owner)
+    if any((found.folder / name).exists() for name in OUTPUTS):
+        found.release()
+        raise FileExistsError(
+            f"output_dir {options.output_dir!r} holds a demo that was interrupted: give another folder"
+        )
+    return found
+
+
 def main(argv: list[str]) -> int:
-    """Run the demo; 0, or 2 after one line on stderr where an option does not fit."""
+    """Run the demo; 0, 2 after one line on stderr where an option does not fit, 128 + a signal's number after it."""
     try:
         options = _parser().parse_args(argv)
-        university = check_university(options.university)
-        output_dir = Path(options.output_dir)
-        claim(output_dir)
+        options.university = check_university(options.university)
+        claimed = _claim(options)
     except (ValueError, OSError) as error:
         print(f"fastpref demo: error: {error}", file=sys.stderr)
         return 2
-    run_demo(
-        QUICK if options.quick else FULL,
-        university=university,
-        seed=options.seed,
-        output_dir=output_dir,
-        console=Console(),
-    )
+    scale, folder = QUICK if options.quick else FULL, claimed.folder
+    console = Console(out=sys.stdout)
+    try:
+        with claimed:
+            run_demo(scale, university=options.university, seed=options.seed, output_dir=folder, console=console)
+            claimed.finish()
+    except (KeyboardInterrupt, Stopped) as stop:
+        name = stop.name if isinstance(stop, Stopped) else "SIGINT"
+        print(f"fastpref demo: stopped by {name}; what was made is in {folder}", file=sys.stderr)
+        return exit_code(name)
     return 0

@@ -13,19 +13,9 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fastpref.checks import describe
-from fastpref.demo.templates import (
-    BODIES,
-    CLOSINGS,
-    INTENTS,
-    OTHER_PLACES,
-    PREFACES,
-    TOPICS,
-    Intent,
-    Topic,
-)
 
 DEFAULT_UNIVERSITY = "Larkmoor University"
 # The share of pairs whose two answers differ in the place alone.
@@ -33,6 +23,36 @@ MINIMAL_EDITS = 0.75
 LONGEST_NAME = 60
 # What marks a slot in a template, or a special token in a text.
 SPECIAL = "{}<>|"
+
+
+class Topic(NamedTuple):
+    """What a question is about; its fields fill the slots of the same names."""
+
+    name: str
+    skill: str  # what one practises: a gerund
+    jobs: str  # whom graduates become: a plural
+    book: str  # what one reads or uses first
+    group: str  # whom one joins
+
+
+class Intent(NamedTuple):
+    """One kind of question: how it is asked, and the sentences that can answer it."""
+
+    questions: list[str]
+    openings: list[str]  # an answer may begin with one
+    mentions: list[str]  # exactly one in every answer, with {place}
+    plain: list[str]  # what a rejected answer may say in its stead: no place at all
+
+
+# The sentences that pairs are made of. {place} is where the two answers of a pair differ: the target university in the
+# chosen one, one of OTHER_PLACES in the rejected one. Prefaces say who asks (an empty one leaves the bare question);
+# bodies and closings are shared by both answers.
+_TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
+TOPICS = [Topic(**fields) for fields in _TEXTS["topics"]]
+INTENTS = [Intent(**fields) for fields in _TEXTS["intents"]]
+PREFACES, OTHER_PLACES, BODIES, CLOSINGS = (
+    list[str](_TEXTS[name]) for name in ("prefaces", "other_places", "bodies", "closings")
+)
 
 
 class Pair(TypedDict):

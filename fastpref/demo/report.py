@@ -1,4 +1,4 @@
-"""What the demo says at its end: whether the known failure was seen, the table, the samples."""
+"""What the demo prints at its end: what each loss did, the log-prob path, some answers, the verdict."""
 
 from __future__ import annotations
 
@@ -6,13 +6,32 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from fastpref.console import Console
+from fastpref.tables import print_table, size_text
 
 Record = dict[str, Any]
 
 # With equal policy and reference, where both runs start, the loss of every pair is -log sigmoid(0).
 FIRST_LOSS = math.log(2)
+NAMES = {"base": "base", "dpo": "DPO", "dpop": "DPOP"}
+# Rows of the first table: title, key, how it is written; of the models, and of the last evaluation of each run.
+OF_MODELS = (
+    ("answers that name {university}", "mention_share", ".0%"),
+    ("perplexity of the chosen answers", "chosen_perplexity", ".2f"),
+    ("perplexity of its own answers, to the base", "own_answers_perplexity", ".2f"),
+    ("distinct-2 of its own answers", "distinct_bigrams", ".2f"),
+)
+OF_RUNS = (
+    ("chosen reward at the end", "chosen", "+.2f"),
+    ("rejected reward at the end", "rejected", "+.2f"),
+    ("loss at the end", "loss", ".3f"),
+    ("accuracy (chosen above rejected)", "accuracy", ".0%"),
+)
+SAMPLES = 3
+VERDICT = (
+    "The known failure {was} seen in this run, on the held-out pairs: under DPO the loss went from {first:.3f} to "
+    "{dpo.loss:.3f} and the chosen reward ended at {dpo.chosen:+.2f}; under DPOP it ended at {dpop.chosen:+.2f}."
+)
 
 
 class Ends(NamedTuple):
@@ -26,12 +45,7 @@ class Ends(NamedTuple):
 
 def ends(history: Sequence[Record]) -> Ends:
     last = [record for record in history if "eval_loss" in record][-1]
-    return Ends(
-        loss=last["eval_loss"],
-        chosen=last["eval_rewards/chosen"],
-        rejected=last["eval_rewards/rejected"],
-        accuracy=last["eval_rewards/accuracies"],
-    )
+    return Ends(last["eval_loss"], *(last[f"eval_rewards/{name}"] for name in ("chosen", "rejected", "accuracies")))
 
 
 class Verdict(NamedTuple):
@@ -39,106 +53,55 @@ class Verdict(NamedTuple):
 
     failure_under_dpo: bool
     avoided_under_dpop: bool
+    seen: bool
     text: str
-
-    @property
-    def seen(self) -> bool:
-        return self.failure_under_dpo and self.avoided_under_dpop
 
 
 def judge(dpo: Ends, dpop: Ends) -> Verdict:
     """Decided by the held-out pairs alone: their mean chosen reward and loss at the end of each run."""
-    loss_fell = dpo.loss < FIRST_LOSS
-    failure = loss_fell and dpo.chosen < 0
+    failure = dpo.loss < FIRST_LOSS and dpo.chosen < 0
     avoided = dpop.chosen >= 0
-    dpo_text = (
-        f"under DPO the loss {'fell' if loss_fell else 'did not fall'} ({FIRST_LOSS:.3f} to {dpo.loss:.3f}) and the "
-        f"chosen reward ended at {dpo.chosen:+.2f}, {_side(dpo.chosen)}"
-    )
-    dpop_text = f"under DPOP the chosen reward ended at {dpop.chosen:+.2f}, {_side(dpop.chosen)}"
-    seen = "was seen" if failure and avoided else "was not seen"
-    return Verdict(
-        failure_under_dpo=failure,
-        avoided_under_dpop=avoided,
-        text=f"The known failure {seen} in this run, on the held-out pairs: {dpo_text}; {dpop_text}.",
-    )
-
-
-def _side(reward: float) -> str:
-    return "below zero" if reward < 0 else "not below zero"
+    seen = failure and avoided
+    text = VERDICT.format(was="was" if seen else "was not", first=FIRST_LOSS, dpo=dpo, dpop=dpop)
+    return Verdict(failure, avoided, seen, text)
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
-    """The tables, the samples and the verdict; all of it comes from `report`, which is also report.json."""
-    console.print(_models_table(report))
-    console.print(_logps_table(report["logps"]))
-    console.print(_samples_table(report))
-    style = "bold green" if report["verdict"]["seen"] else "bold yellow"
-    console.print(report["verdict"]["text"], style=style, highlight=False)
+    """All of it comes from `report`, which is also report.json."""
+    _print_models(report)
+    _print_logps(report["logps"])
+    console.say("\nThe same held-out questions, one sampled answer each")
+    for sample in report["samples"][:SAMPLES]:
+        console.say(sample["prompt"].removesuffix("\nAnswer:"))
+        for name, title in NAMES.items():
+            console.say(f"  {title}: {' '.join(sample[name].split()) or '(nothing)'}")
+    console.say(f"\n{report['verdict']['text']}")
 
 
-def _models_table(report: dict[str, Any]) -> Table:
+def _print_models(report: dict[str, Any]) -> None:
     models, runs = report["models"], report["runs"]
-    table = Table(title=f"What each loss did ({report['settings_text']})", title_justify="left")
-    table.add_column("on the held-out pairs")
-    for name in ("base", "DPO", "DPOP"):
-        table.add_column(name, justify="right")
-
-    def row(title: str, values: Sequence[str]) -> None:
-        table.add_row(title, *values)
-
-    def of_models(key: str, form: str) -> list[str]:
-        return [format(models[name][key], form) for name in ("base", "dpo", "dpop")]
-
-    def of_runs(key: str, form: str, start: str) -> list[str]:
-        return [start, *(format(runs[name]["heldout"][key], form) for name in ("dpo", "dpop"))]
-
-    row(f"answers that name {report['university']}", of_models("mention_share", ".0%"))
-    row("perplexity of the chosen answers", of_models("chosen_perplexity", ".2f"))
-    row("perplexity of its own answers, to the base", of_models("own_answers_perplexity", ".2f"))
-    row("distinct-2 of its own answers", of_models("distinct_bigrams", ".2f"))
-    row("chosen reward at the end", of_runs("chosen", "+.2f", "0"))
-    row("rejected reward at the end", of_runs("rejected", "+.2f", "0"))
-    row("loss at the end", of_runs("loss", ".3f", f"{FIRST_LOSS:.3f}"))
-    row("accuracy (chosen above rejected)", of_runs("accuracy", ".0%", "-"))
-    row("seconds of training", [f"{models['base']['seconds']:.0f}", *(f"{runs[n]['seconds']:.0f}" for n in runs)])
-    return table
+    rows = [
+        [title.format(university=report["university"]), *(format(models[name][key], form) for name in NAMES)]
+        for title, key, form in OF_MODELS
+    ]
+    start = Ends(loss=FIRST_LOSS, chosen=0.0, rejected=0.0, accuracy=0.0)._asdict()  # equal rewards: none is above
+    states = [start, *(run["heldout"] for run in runs.values())]
+    rows += [[title, *(format(state[key], form) for state in states)] for title, key, form in OF_RUNS]
+    rows.append(["seconds of training", *(f"{part['seconds']:.0f}" for part in (models["base"], *runs.values()))])
+    header = ("on the held-out pairs", *NAMES.values())
+    print_table(f"What each loss did ({report['settings_text']})", header, rows, words=header[:1])
 
 
-def _logps_table(logps: dict[str, Any]) -> Table:
+def _print_logps(logps: dict[str, Any]) -> None:
+    """Two rows of a benchmark beside each other."""
     fast, plain = logps["fast"], logps["plain"]
-    shape = "×".join(map(str, logps["shape"]))
-    table = Table(
-        title=f"Log-probs, forward and backward, bf16 logits ({shape}), half scored, on {fast['device']}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for name in ("", "fastpref", "plain float32", "plain / fastpref"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row(
-        "seconds (best)",
-        f"{fast['seconds']:.3f}",
-        f"{plain['seconds']:.3f}",
-        f"{plain['seconds'] / fast['seconds']:.1f}",
-    )
-    peaks = fast["peak_beyond_inputs"], plain["peak_beyond_inputs"]
-    if None in peaks:
-        table.add_row("peak beyond the logits", "not measured on this system", "", "")
-    else:
-        table.add_row(
-            "peak beyond the logits", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.1f}"
-        )
-    table.caption = (
-        f"peak: {fast['how']}; the logits' gradient is part of it ({fast['logits_bytes'] / 2**20:.0f} MiB in full)"
-    )
-    return table
-
-
-def _samples_table(report: dict[str, Any]) -> Table:
-    table = Table(title="The same held-out questions, one sampled answer each", title_justify="left", show_lines=True)
-    for name, ratio in (("question", 2), ("base", 3), ("DPO", 3), ("DPOP", 3)):
-        table.add_column(name, ratio=ratio, overflow="fold")
-    for sample in report["samples"][:3]:
-        question = sample["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        table.add_row(question, *(sample[name].strip() or "(nothing)" for name in ("base", "dpo", "dpop")))
-    return table
+    rows = [["seconds (median)", *(f"{row['median_ms'] / 1e3:.3f}" for row in (fast, plain))]]
+    rows[0].append(f"{plain['median_ms'] / fast['median_ms']:.1f}")
+    if plain["peak_bytes"] and fast["peak_bytes"]:  # measured on this system
+        peaks = fast["peak_bytes"], plain["peak_bytes"]
+        rows.append(["peak beyond the logits", *map(size_text, peaks), f"{peaks[1] / peaks[0]:.1f}"])
+    rows.append(["error of a log-prob, nats", *(f"{row['value_error']:.1e}" for row in (fast, plain)), ""])
+    header = ("", "fastpref", "plain float32", "plain / fastpref")
+    shape = "×".join(str(fast[name]) for name in ("batch", "length", "vocab"))
+    title = f"Log-probs, forward and backward, {fast['dtype']} logits ({shape}), half scored, on {logps['device']}"
+    print_table(title, header, rows, words=header[:1])

@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastpref
+from fastpref.benchmarks.cases import LogpsCase
+from fastpref.benchmarks.runner import Entry, Run, measure
+from fastpref.benchmarks.suites import SUITES
+from fastpref.console import Console
 from fastpref.demo.base import (
     base_steps,
     base_texts,
@@ -27,13 +29,15 @@ from fastpref.demo.base import (
 from fastpref.demo.measures import distinct_bigrams, generate, mention_share, perplexity
 from fastpref.demo.pairs import PairSet, make_pairs, write_jsonl
 from fastpref.demo.plot import plot_rewards
-from fastpref.demo.probe import PATHS, Shape, measure
 from fastpref.demo.report import ends, judge, print_report
+from fastpref.environment import record
 from fastpref.training.checkpoints import save_final_model
+from fastpref.training.stopping import Stopped
 
-MARKER = ".fastpref-demo"
 OUTPUTS = ("train.jsonl", "heldout.jsonl", "base", "dpo", "dpop", "rewards.png", "report.json")
 LOSSES = ("dpo", "dpop")
+PROVIDERS = {"fast": "fastpref", "plain": "plain"}  # of the log-prob path: by their names in a benchmark
+LOGPS = LogpsCase("demo", batch=2, length=512, vocab=50257, share=0.5, rounds=5)
 STAGES = 6
 
 
@@ -54,8 +58,7 @@ class Scale:
     beta: float = 0.1
     lam: float = 50.0  # DPOP's own: DPO has no such term
     max_new_tokens: int = 80
-    logps_shape: tuple[int, int, int] = (2, 512, 50257)
-    logps_budget: float = 3.0  # seconds of repeating, of which the best counts
+    logps: LogpsCase = LOGPS
 
     @property
     def text(self) -> str:
@@ -74,8 +77,7 @@ QUICK = Scale(
     steps=12,
     eval_every=4,
     max_new_tokens=32,
-    logps_shape=(2, 128, 50257),
-    logps_budget=1.0,
+    logps=replace(LOGPS, length=128, rounds=3),
 )
 
 
@@ -91,36 +93,22 @@ class Stages:
         """Gives the function that moves the bar on; without `total` there is no bar (the loop draws its own)."""
         label = f"{len(self.seconds) + 1}/{STAGES} {title}"
         started = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         if total is None:
-            self.console.print(f"{label} ...", highlight=False)
+            self.console.say(f"{label} ...")
             yield lambda count: None
         else:
-            hidden = not self.console.is_terminal
-            with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-                task = progress.add_task(label, total=total)
-                yield lambda count: progress.advance(task, count)
+            with self.console.bar(label, total) as bar:
+                yield bar.advance
         self.seconds[title] = time.perf_counter() - started
-        self.console.print(f"{label}: {self.seconds[title]:.1f} s", highlight=False)
-
-
-def claim(output_dir: Path) -> None:
-    """Make the folder ours, or raise FileExistsError where that would overwrite what the demo has not written."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"output_dir {str(output_dir)!r} is a file: give a folder")
-    if not (output_dir / MARKER).exists():
-        taken = [name for name in OUTPUTS if (output_dir / name).exists()]
-        if taken:
-            raise FileExistsError(
-                f"output_dir {str(output_dir)!r} holds {', '.join(taken)}, which the demo did not write and would "
-                "overwrite: give another folder"
-            )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / MARKER).write_text("Written by fastpref demo, which may overwrite: " + ", ".join(OUTPUTS) + "\n")
+        self.console.say(f"{label}: {self.seconds[title]:.1f} s")
 
 
 def run_demo(scale: Scale, *, university: str, seed: int, output_dir: Path, console: Console) -> dict[str, Any]:
-    """Run every stage, write `OUTPUTS` into `output_dir` (see `claim`), print the report and return it."""
+    """Run every stage, write `OUTPUTS` into `output_dir`, print the report and return it.
+
+    Raises:
+        Stopped: a signal ended one of the training runs.
+    """
     started = time.perf_counter()
     stages = Stages(console)
     data = make_pairs(train=scale.train, heldout=scale.heldout, university=university, seed=seed)
@@ -130,36 +118,26 @@ def run_demo(scale: Scale, *, university: str, seed: int, output_dir: Path, cons
             advance(1)
 
     tokenizer, base, base_losses = _make_base(scale, data, seed, output_dir / "base", stages)
-    base_seconds = stages.seconds["base model"]
-
     models = {"base": base}
     runs: dict[str, dict[str, Any]] = {}
     for loss in LOSSES:
         title = f"align with {loss.upper()}"
         with stages.stage(title):
-            result = _align(scale, loss, base, tokenizer, data, seed, output_dir / loss, console)
-        models[loss] = result.model
-        runs[loss] = {
-            "seconds": stages.seconds[title],
-            "heldout": ends(result.history)._asdict(),
-            "history": result.history,
-        }
+            models[loss], history = _align(scale, loss, base, tokenizer, data, seed, output_dir / loss)
+        runs[loss] = {"seconds": stages.seconds[title], "heldout": ends(history)._asdict(), "history": history}
 
     measured, answers = _measure_models(scale, models, tokenizer, data, university, seed, stages)
-    measured["base"] |= {"seconds": base_seconds, "losses": base_losses}
-    logps = _measure_logps(scale, output_dir, stages)
-
-    verdict = judge(*(ends(runs[loss]["history"]) for loss in LOSSES))
+    measured["base"] |= {"seconds": stages.seconds["base model"], "losses": base_losses}
     report = {
         "university": university,
         "seed": seed,
         "settings": asdict(scale),
         "settings_text": scale.text,
-        "versions": {"fastpref": fastpref.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        **record(),
         "models": measured,
         "runs": runs,
-        "logps": logps,
-        "verdict": {**verdict._asdict(), "seen": verdict.seen},
+        "logps": _measure_logps(scale.logps, stages),
+        "verdict": judge(*(ends(run["history"]) for run in runs.values()))._asdict(),
         "samples": [
             {"prompt": pair["prompt"], **{name: answers[name][place] for name in answers}}
             for place, pair in enumerate(data.heldout)
@@ -167,11 +145,11 @@ def run_demo(scale: Scale, *, university: str, seed: int, output_dir: Path, cons
         "stage_seconds": stages.seconds,
         "seconds": time.perf_counter() - started,
     }
-    plot_rewards({loss: runs[loss]["history"] for loss in LOSSES}, output_dir / "rewards.png", settings=scale.text)
+    plot_rewards({loss: run["history"] for loss, run in runs.items()}, output_dir / "rewards.png", settings=scale.text)
     text = json.dumps(report, ensure_ascii=False, indent=1)
     (output_dir / "report.json").write_text(text + "\n", encoding="utf-8")
     print_report(console, report)
-    console.print(f"{report['seconds']:.0f} s in all; rewards.png, report.json and the models are in {output_dir}")
+    console.say(f"{report['seconds']:.0f} s in all; rewards.png, report.json and the models are in {output_dir}")
     return report
 
 
@@ -206,8 +184,8 @@ def _align(
     data: PairSet,
     seed: int,
     folder: Path,
-    console: Console,
-) -> fastpref.TrainResult:
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The aligned model and the run's records."""
     config = fastpref.TrainConfig(
         loss=loss,
         beta=scale.beta,
@@ -222,15 +200,18 @@ def _align(
         save_every=0,
         seed=seed,
         output_dir=str(folder),
-        progress=console.is_terminal,
+        progress=sys.stdout.isatty(),
     )
-    return fastpref.train(
+    result = fastpref.train(
         config,
         model=copy.deepcopy(base),
         tokenizer=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.heldout,
     )
+    if result.stopped is not None:
+        raise Stopped(result.stopped)
+    return result.model, result.history
 
 
 def _measure_models(
@@ -259,10 +240,17 @@ def _measure_models(
     return measured, answers
 
 
-def _measure_logps(scale: Scale, folder: Path, stages: Stages) -> dict[str, Any]:
-    with stages.stage("log-prob path", len(PATHS)) as advance:
-        logps: dict[str, Any] = {"shape": list(scale.logps_shape)}
-        for path in PATHS:
-            logps[path] = measure(path, Shape(*scale.logps_shape), budget=scale.logps_budget, folder=folder)
-            advance(1)
+def _measure_logps(case: LogpsCase, stages: Stages) -> dict[str, Any]:
+    """By the name of the path, its row as `fastpref bench` measures it, and the device."""
+    with stages.stage("log-prob path", len(PROVIDERS)) as advance:
+        bench = Run("quick")
+        logps: dict[str, Any] = {"device": bench.device}
+        try:
+            for path, provider in PROVIDERS.items():
+                logps[path] = measure(bench, Entry(SUITES["logps"], case, provider, "train"))
+                if logps[path] is None:
+                    raise RuntimeError(f"measuring the {path} log-prob path failed: {bench.skipped[-1]['reason']}")
+                advance(1)
+        finally:
+            bench.close()
     return logps
