@@ -21,7 +21,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
-from fastpref.linear.plan import parse_budget
+from fastpref.checks import parse_budget
 from fastpref.options import Parser, UsageError
 
 from . import results

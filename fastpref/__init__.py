@@ -1,22 +1,30 @@
-"""fastpref: fused kernels and a thin loop for preference training on PyTorch."""
+"""fastpref: fused kernels and a thin loop for preference training on PyTorch.
+
+Names are imported when they are first used: `fastpref --help` must not wait for torch, and the kernels must not need
+the [train] extra.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastpref import reference
-from fastpref.extras import TokenExtras
-from fastpref.linear import (
-    LinearPreferenceOutput,
-    linear_preference_loss,
-    linear_sequence_logps,
-    linear_token_logps,
-)
-from fastpref.logps import sequence_logps, token_logps
-from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
-from fastpref.models import model_logps, model_token_logps
-
 if TYPE_CHECKING:
+    from fastpref import linear as linear
+    from fastpref import logps as logps
+    from fastpref import losses as losses
+    from fastpref import models as models
+    from fastpref import reference
+    from fastpref.extras import TokenExtras
+    from fastpref.linear import (
+        LinearPreferenceOutput,
+        linear_preference_loss,
+        linear_sequence_logps,
+        linear_token_logps,
+    )
+    from fastpref.logps import sequence_logps, token_logps
+    from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
+    from fastpref.models import model_logps, model_token_logps
     from fastpref.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
@@ -44,13 +52,27 @@ __all__ = [
     "train",
 ]
 
-# What needs the [train] extra is imported when it is first used, so that the kernels need torch alone.
-_FROM_TRAINING = ("TrainConfig", "TrainResult", "train")
+_MODULES = ("linear", "logps", "losses", "models", "reference")
+_HOMES = {
+    "extras": ("TokenExtras",),
+    "linear": ("LinearPreferenceOutput", "linear_preference_loss", "linear_sequence_logps", "linear_token_logps"),
+    "logps": ("sequence_logps", "token_logps"),
+    "losses": ("LOSSES", "LossSpec", "PreferenceOutput", "dpo_loss", "dpop_loss", "get_loss", "preference_loss"),
+    "models": ("model_logps", "model_token_logps"),
+    "training": ("TrainConfig", "TrainResult", "train"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_TRAINING:
-        from fastpref import training
-
-        return getattr(training, name)
+    if name in _MODULES:
+        return import_module(f"fastpref.{name}")
+    if name in _HOME_OF:
+        value = getattr(import_module(f"fastpref.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'fastpref' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

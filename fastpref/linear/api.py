@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_bool, check_choice, check_tensor, describe
+from fastpref.checks import check_bool, check_choice, check_tensor, describe, parse_budget
 from fastpref.extras import TokenExtras, check_extras
 from fastpref.inputs import (
     as_batch,
@@ -19,7 +19,6 @@ from fastpref.inputs import (
     refuse_forward_mode,
 )
 from fastpref.linear.compiled import linear_token_logps_op
-from fastpref.linear.plan import parse_budget
 from fastpref.linear.shards import Call, agreed, local_part, refuse_compiled, text_checksum
 from fastpref.linear.tokens import LinearTokenLogps, Request, inputs_of
 from fastpref.ops import sequence_reduce_op

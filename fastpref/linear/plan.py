@@ -19,38 +19,13 @@ can also stream: a block of rows goes through both sweeps, and dW gathers in a f
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from fastpref.checks import describe
 from fastpref.linear.rows import GATHERED, PIECE
 
 MIB = 2**20
-DEFAULT_BUDGET = 1024 * MIB
-
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def parse_budget(value: Any) -> int:
-    """Bytes from an int or from text like "512MiB"; None is the default, 1 GiB. ValueError or TypeError."""
-    if value is None:
-        return DEFAULT_BUDGET
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f'memory_budget must be bytes or text like "512MiB", got {describe(value)}')
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b|b|)\s*", value, re.IGNORECASE)
-        if found is None:
-            raise ValueError(f'memory_budget must be bytes or text like "512MiB" (B, KiB, MiB, GiB), got {value!r}')
-        bytes_ = float(found[1]) * _UNITS[found[2].upper()]
-        if not math.isfinite(bytes_):
-            raise ValueError(f"memory_budget is too large: {value[:40]!r}")
-        value = int(bytes_)
-    if value <= 0:
-        raise ValueError(f"memory_budget must be positive, got {value}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_choice
+from fastpref.checks import check_choice, parse_budget
 from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_forward_mode
 from fastpref.linear.api import check_head, linear_sequence_logps
 from fastpref.linear.coefficients import ChosenLoss, LossFunction, attached, check_loss, check_pairs, coefficients
 from fastpref.linear.entropy import Upstream
 from fastpref.linear.operands import Kept
-from fastpref.linear.plan import parse_budget, plan_preference
+from fastpref.linear.plan import plan_preference
 from fastpref.linear.products import precision
 from fastpref.linear.shards import Call, agreed, bits_checksum, local_part, refuse_compiled, text_checksum
 from fastpref.linear.streaming import stream

@@ -1,26 +1,23 @@
-"""The training loop: `train(TrainConfig(...))`; what it needs comes with `pip install "fastpref[train]"`."""
+"""The training loop: `train(TrainConfig(...))`; what it needs comes with `pip install "fastpref[train]"`.
+
+Names are imported when they are first used: the options of `fastpref train` must not wait for torch and transformers.
+"""
 
 from __future__ import annotations
 
-try:
-    import accelerate  # noqa: F401
-    import psutil  # noqa: F401
-    import rich  # noqa: F401
-    import transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f'the training loop needs {error.name}, which is not installed: pip install "fastpref[train]"'
-    ) from error
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from fastpref.training.advice import Advice
-from fastpref.training.checkpoints import ResumeError
-from fastpref.training.config import TrainConfig
-from fastpref.training.durable import SaveError
-from fastpref.training.loop import train
-from fastpref.training.nonfinite import NonFiniteError
-from fastpref.training.oom import MemoryLimitError
-from fastpref.training.reference_columns import with_reference
-from fastpref.training.result import TrainResult
+if TYPE_CHECKING:
+    from fastpref.training.advice import Advice
+    from fastpref.training.checkpoints import ResumeError
+    from fastpref.training.config import TrainConfig
+    from fastpref.training.durable import SaveError
+    from fastpref.training.loop import train
+    from fastpref.training.nonfinite import NonFiniteError
+    from fastpref.training.oom import MemoryLimitError
+    from fastpref.training.reference_columns import with_reference
+    from fastpref.training.result import TrainResult
 
 __all__ = [
     "Advice",
@@ -33,3 +30,35 @@ __all__ = [
     "train",
     "with_reference",
 ]
+
+_HOMES = {
+    "Advice": "advice",
+    "MemoryLimitError": "oom",
+    "NonFiniteError": "nonfinite",
+    "ResumeError": "checkpoints",
+    "SaveError": "durable",
+    "TrainConfig": "config",
+    "TrainResult": "result",
+    "train": "loop",
+    "with_reference": "reference_columns",
+}
+NEEDED = ("accelerate", "psutil", "rich", "transformers")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastpref.training' has no attribute {name!r}")
+    try:
+        for package in NEEDED:
+            import_module(package)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'the training loop needs {error.name}, which is not installed: pip install "fastpref[train]"'
+        ) from error
+    value = getattr(import_module(f"fastpref.training.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastpref.linear.plan import parse_budget
+from fastpref.checks import parse_budget
 from fastpref.memory import available, resident
 from fastpref.tables import size_text
 from fastpref.training.adapters import is_adapted
