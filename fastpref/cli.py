@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from fastpref.checks import did_you_mean
+from fastpref.options import UsageError
 
 USAGE = """usage: fastpref COMMAND [options]
 
@@ -19,13 +23,15 @@ fastpref COMMAND --help lists a command's options.
 """
 
 # What a user's options or data can raise before anything is trained.
-INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+INPUT_ERRORS = (ValueError, TypeError, OSError)
 
 
 def train_command(arguments: list[str]) -> int:
+    from fastpref.training.arguments import parse_arguments
+
     try:
-        from fastpref.options import UsageError
-        from fastpref.training.arguments import parse_arguments
+        config = parse_arguments(arguments)
+        from fastpref.training import train  # noqa: F401 - it says which package is missing
         from fastpref.training.durable import SaveError
         from fastpref.training.loop import train_run
         from fastpref.training.nonfinite import NonFiniteError
@@ -33,7 +39,7 @@ def train_command(arguments: list[str]) -> int:
         from fastpref.training.prepare import ResumeError, prepare
         from fastpref.training.stopping import exit_code, how_to_go_on
 
-        run = prepare(parse_arguments(arguments))
+        run = prepare(config)
     except INPUT_ERRORS as error:
         return _fail("fastpref train", error, code=2)
     try:
@@ -50,54 +56,25 @@ def train_command(arguments: list[str]) -> int:
     return 0
 
 
-def demo_command(arguments: list[str]) -> int:
-    try:
-        from fastpref.demo.cli import main as demo
-    except ImportError as error:
-        return _fail("fastpref demo", error, code=2)
-    return demo(arguments)
-
-
-def study_command(arguments: list[str]) -> int:
-    try:
-        from fastpref.benchmarks.study.cli import main as study
-    except ImportError as error:
-        return _fail("fastpref study", error, code=2)
-    return study(arguments)
-
-
-def bench_command(arguments: list[str]) -> int:
-    try:
-        from fastpref.benchmarks.cli import main as bench
-    except ImportError as error:
-        return _fail("fastpref bench", error, code=2)
-    return bench(arguments)
-
-
-def doctor_command(arguments: list[str]) -> int:
-    from fastpref.doctor import main as doctor
-
-    return doctor(arguments)
-
-
-def plan_command(arguments: list[str]) -> int:
-    from fastpref.plan_cli import main as plan
-
-    return plan(arguments)
+def main_of(module: str) -> Callable[[list[str]], int]:
+    """The command that is the function `main` of a module, which is imported when the command runs."""
+    return lambda arguments: import_module(module).main(arguments)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
-    "demo": demo_command,
-    "study": study_command,
-    "bench": bench_command,
-    "plan": plan_command,
-    "doctor": doctor_command,
+    "demo": main_of("fastpref.demo.cli"),
+    "study": main_of("fastpref.benchmarks.study.cli"),
+    "bench": main_of("fastpref.benchmarks.cli"),
+    "plan": main_of("fastpref.plan_cli"),
+    "doctor": main_of("fastpref.doctor"),
 }
+# The extra that brings what a command imports; the others need torch alone.
+EXTRAS = {"train": "train", "demo": "train", "study": "trl", "bench": "bench"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: 0 done, 1 failed, 2 bad input."""
+    """Run one command; its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -107,11 +84,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"fastpref {__version__}")
         return 0
-    command = COMMANDS.get(given[0])
-    if command is None:
+    name = given[0]
+    if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        return _fail("fastpref", ValueError(f"unknown command {given[0]!r}; the commands are {known}"), code=2)
-    return command(given[1:])
+        hint = did_you_mean(name, COMMANDS)
+        return _fail("fastpref", ValueError(f"unknown command {name!r}; the commands are {known}{hint}"), code=2)
+    program = f"fastpref {name}"
+    try:
+        return COMMANDS[name](given[1:])
+    except UsageError as error:
+        return _fail(program, error, code=2)
+    except ImportError as error:
+        return _fail(program, _with_remedy(error, EXTRAS.get(name)), code=2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _with_remedy(error: ImportError, extra: str | None) -> Exception:
+    """The error of a missing package, with what to install; a missing module of our own is a bug, and is raised."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None or extra is None:
+        return error
+    if error.name.split(".")[0] == "fastpref":
+        raise error
+    return ImportError(f'{error.name} is needed, which is not installed: pip install "fastpref[{extra}]"')
 
 
 def _fail(program: str, error: Exception, *, code: int) -> int:

@@ -1,6 +1,7 @@
 """`fastpref plan`: what the head of a model will need, by which plan, and the longest sequence that fits.
 
-It needs torch alone; transformers only to read a model's config, rich only for prettier tables.
+It needs torch alone; transformers only to read a model's config, rich only for prettier tables. `--help` needs none of
+them: what imports torch is imported by the functions that compute.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastpref.linear.explain import SHORTEST, Candidate, UseReport, candidates, explain
-from fastpref.linear.peaks import CHUNK, Step
-from fastpref.linear.plan import parse_budget
-from fastpref.losses import get_loss
-from fastpref.models import SOFTCAPS
+from fastpref.checks import parse_budget
 from fastpref.options import Parser, UsageError
 from fastpref.tables import print_table, size_text
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from fastpref.linear.explain import Candidate, UseReport
+    from fastpref.linear.peaks import Step
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # by their names in torch
 TITLES = {
     "forward": "forward only: reference and evaluation",
     "frozen": "frozen head: LoRA, PEFT",
@@ -34,7 +33,7 @@ TITLES = {
 LARGEST_COUNT, LARGEST_MEMORY = 2**40, 2**60
 NAMES = ("path", "plan", "chosen by")  # columns of words, the others are numbers
 NOTES = (
-    f"plain: float32 log_softmax of all logits; chunked: blocks of {CHUNK} scored tokens, recomputed in backward; "
+    "plain: float32 log_softmax of all logits; chunked: blocks of {chunk} scored tokens, recomputed in backward; "
     "sequence_logps: fastpref on all logits; linear_*: fastpref on hidden states (fastpref train takes "
     "linear_sequence_logps). Products are counted in 2·N·H·V operations; the peak is what comes beyond hidden states "
     "and gradients."
@@ -83,7 +82,7 @@ def _parser() -> Parser:
     add("--hidden_size", type=_at_least(1), help="H, instead of --model")
     add("--vocab_size", type=_at_least(1), help="V, instead of --model")
     add("--bias", action="store_true", help="the head has a bias")
-    add("--max_length", type=_at_least(SHORTEST), default=1024, help="tokens a sequence (default: %(default)s)")
+    add("--max_length", type=_at_least(2), default=1024, help="tokens a sequence (default: %(default)s)")
     add("--pairs", type=_at_least(1), default=4, help="pairs in a micro-batch (default: %(default)s)")
     add("--scored", type=_share, default=0.5, help="share of positions that are scored (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="of hidden states and head (default: %(default)s)")
@@ -111,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the plan; 0, or 2 after one line on stderr where an option does not fit."""
     try:
         options = _parser().parse_args(argv)
+        from fastpref.linear.explain import candidates, explain
+
         step = _step(options)
         reports = explain(step, options.memory_budget, options.memory)
         plans = candidates(step, options.memory_budget)
@@ -125,6 +126,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _step(options: argparse.Namespace) -> Step:
+    import torch
+
+    from fastpref.linear.peaks import Step
+    from fastpref.losses import get_loss
+
     sizes = (options.hidden_size, options.vocab_size)
     if options.model is not None:
         if sizes != (None, None):
@@ -140,7 +146,7 @@ def _step(options: argparse.Namespace) -> Step:
         share=options.scored,
         hidden_size=hidden_size,
         vocab=vocab,
-        dtype=DTYPES[options.dtype],
+        dtype=getattr(torch, DTYPES[options.dtype]),
         bias=options.bias,
         softcap=softcap,
         gpu=torch.cuda.is_available() if options.device is None else options.device == "gpu",
@@ -150,6 +156,8 @@ def _step(options: argparse.Namespace) -> Step:
 
 def _read_head(source: str) -> tuple[int, int, bool]:
     """H, V and whether there is a softcap, from a model's config. Nothing is downloaded."""
+    from fastpref.models import SOFTCAPS
+
     by_hand = "--hidden_size and --vocab_size take its place"
     path = Path(source).expanduser()
     if path.exists() and not (path / "config.json").is_file():
@@ -200,6 +208,8 @@ def _as_json(
 
 
 def _print(step: Step, options: argparse.Namespace, reports: list[UseReport], plans: list[Candidate]) -> None:
+    from fastpref.linear.peaks import CHUNK
+
     print(
         f"head: N = {step.rows:,} scored of {step.positions:,} positions (pairs = {step.pairs:,}, "
         f"T = {step.length:,}), H = {step.hidden_size:,}, V = {step.vocab:,}, {options.dtype}, {step.machine.name}"
@@ -220,7 +230,7 @@ def _print(step: Step, options: argparse.Namespace, reports: list[UseReport], pl
     header = ("plan", "cost in products", "peak", "least budget", "chosen by")
     title = "plans of a trainable head; the cost counts the traffic that a plan adds"
     print_table(title, header, rows, words=NAMES)
-    print(f"\n{NOTES}")
+    print(f"\n{NOTES.format(chunk=CHUNK)}")
     if options.memory is None:
         print("--memory SIZE (what is free after weights, optimiser and backbone) adds the longest sequence that fits")
 

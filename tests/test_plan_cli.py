@@ -401,7 +401,7 @@ BAD = {
     "small budget": ([*SIZES, "--memory_budget=4KiB"], "memory_budget of 4096 bytes is smaller than one tile"),
     "dtype": ([*SIZES, "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
     "loss": ([*SIZES, "--loss=dop"], "loss must be one of "),
-    "unknown": ([*SIZES, "--pair=3"], "unrecognized arguments: --pair=3; fastpref plan --help lists the options"),
+    "unknown": ([*SIZES, "--pair=3"], "unrecognized arguments: --pair=3; did you mean '--pairs'?"),
 }
 
 

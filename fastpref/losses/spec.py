@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_number
+from fastpref.checks import check_number, did_you_mean
 
 
 class PairLogps(NamedTuple):
@@ -115,8 +115,9 @@ class LossSpec:
         unknown = [name for name in options if name not in known]
         if unknown:
             takes = ", ".join(f"{o.name} in {o.interval}" for o in self.options) or "no options of its own"
+            hint = did_you_mean(str(unknown[0]), known)
             raise TypeError(
-                f"loss {self.name!r} does not take {', '.join(map(repr, unknown))}; besides beta it takes {takes}"
+                f"loss {self.name!r} does not take {', '.join(map(repr, unknown))}; besides beta it takes {takes}{hint}"
             )
         return {name: option.check(options.get(name, option.default)) for name, option in known.items()}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.checks import describe
 from fastpref.training.adapters import choose_trained
 from fastpref.training.config import TrainConfig
 from fastpref.training.formats import DEFAULT_CHAT_TEMPLATE, read_chat_template
+from fastpref.training.oom import out_of_memory
 
 # A trial model for a CPU: GPT-2's shape, and with its tokenizer almost all of the time goes into the vocabulary.
 DEFAULT_MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 2}
@@ -29,7 +33,15 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
         _check_folder(name, getattr(config, name))
     if given is None and source is None:
         raise ValueError("a tokenizer is needed: set tokenizer to a folder or hub name, or set model")
-    tokenizer = given if given is not None else AutoTokenizer.from_pretrained(source)
+    if given is not None and not (callable(given) and hasattr(given, "save_pretrained")):
+        raise TypeError(
+            f"tokenizer must be a transformers tokenizer, got {describe(given)}; "
+            "PreTrainedTokenizerFast(tokenizer_object=...) wraps one of the package tokenizers"
+        )
+    if given is None:
+        with loading("model" if config.tokenizer is None else "tokenizer", source):
+            given = AutoTokenizer.from_pretrained(source)
+    tokenizer = given
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
         if not conversational:
@@ -54,7 +66,8 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
         model = given
     elif config.model is not None:
         # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        with loading("model", config.model):
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     elif config.lora_rank:
         raise ValueError(
             f"lora_rank={config.lora_rank} adapts trained weights, and a model with random weights was asked for, of "
@@ -78,6 +91,18 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
         newer = getattr(model, "activation_checkpointing_enable", None)
         (newer or model.gradient_checkpointing_enable)()
     return model
+
+
+@contextmanager
+def loading(name: str, source: str | None) -> Iterator[None]:
+    """Whatever a missing or damaged folder makes a loader raise, as an error that names the option and its value."""
+    try:
+        yield
+    except Exception as error:  # KeyError, SafetensorError and plain Exception are among them
+        if out_of_memory(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}={source!r} cannot be loaded: {error or type(error).__name__}") from error
 
 
 def _check_folder(name: str, source: str | None) -> None:
@@ -104,7 +129,7 @@ def _model_config(config: TrainConfig, tokenizer: Any, max_length: int, say: Say
     model_type = values.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"model_config does not make a model: {error}") from error
 
 

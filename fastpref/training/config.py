@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastpref.checks import check_bool, check_choice, check_number, describe
-from fastpref.linear.plan import parse_budget
+from fastpref.checks import check_bool, check_choice, check_number, describe, parse_budget
 
 PRECISIONS = ("fp32", "bf16")
 LOGPS = ("linear", "logits")
@@ -206,6 +206,9 @@ class TrainConfig:
         self.model_config = _json_object("model_config", self.model_config)
         self.loss_options = _json_object("loss_options", self.loss_options) or {}
         self.resume = _resume(self.resume)
+        for name in (*OPTIONAL_STRINGS, "output_dir"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         for name in OPTIONAL_STRINGS:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
@@ -216,6 +219,8 @@ class TrainConfig:
             raise ValueError("give model (weights to start from) or model_config (random weights), not both")
         if not (isinstance(self.loss, str) and self.loss):
             raise TypeError(f"loss must be the name of a loss, got {describe(self.loss)}")
+        if not (isinstance(self.best_metric, str) and self.best_metric):
+            raise TypeError(f"best_metric must be the name of a metric, got {describe(self.best_metric)}")
         self._check_numbers()
         for name in SWITCHES:
             check_bool(name, getattr(self, name))
@@ -286,21 +291,35 @@ def _json_object(name: str, value: Any) -> dict[str, Any] | None:
     """A dict as it is; JSON text or the path of a JSON file, read."""
     if value is None or isinstance(value, dict):
         return value
-    if not isinstance(value, str):
+    if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a dict, JSON text or a path, got {describe(value)}")
-    text = value
+    text = value = os.fspath(value)
     if not value.lstrip().startswith("{"):
         path = Path(value)
         if not path.is_file():
             raise ValueError(f"{name} must be a JSON object or the path of a JSON file, got {value!r}")
         text = path.read_text(encoding="utf-8")
     try:
-        decoded = json.loads(text)
-    except json.JSONDecodeError as error:
+        decoded = read_json(text)
+    except ValueError as error:
         raise ValueError(f"{name} is not valid JSON ({error}): {value!r}") from error
     if not isinstance(decoded, dict):
         raise ValueError(f"{name} must hold a JSON object, got {describe(decoded)}")
     return decoded
+
+
+def read_json(text: str) -> Any:
+    """What `json.loads` makes of it; ValueError for a key given twice, of which it would silently take the second."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{repeated!r} is given {names.count(repeated)} times: give it once")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _resume(value: Any) -> str | None:
@@ -309,6 +328,8 @@ def _resume(value: Any) -> str | None:
         return None
     if value in (True, "true"):
         return "latest"
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if not (isinstance(value, str) and value):
         raise TypeError(f"resume must be True, False or the path of a checkpoint, got {describe(value)}")
     return value

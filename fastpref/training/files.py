@@ -6,7 +6,7 @@ JSONL and lists need nothing installed; `datasets` is imported for the rest.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,30 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def check_rows(rows: Any, name: str) -> Rows:
-    """An object given as a dataset: a list of dicts, a `datasets.Dataset`, or what is indexed likewise."""
-    if isinstance(rows, (str, bytes, dict)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise TypeError(f"{name} must be a list of dicts or a datasets.Dataset, got {describe(rows)}")
+    """An object given as a dataset: a list of dicts, `datasets.Dataset`, pandas DataFrame, or what is indexed likewise.
+
+    Raises:
+        TypeError: it has no length, or no rows by number.
+        ValueError: it is empty.
+    """
+    if type(rows).__name__ == "DataFrame" and type(rows).__module__.startswith("pandas"):
+        from datasets import Dataset
+
+        rows = Dataset.from_pandas(rows, preserve_index=False)
+    wanted = f"{name} must be a list of dicts, a datasets.Dataset or a pandas DataFrame, got"
+    if isinstance(rows, Mapping):
+        kind, keys = type(rows).__name__, ", ".join(map(str, rows))
+        if kind == "DatasetDict":
+            raise TypeError(f"{wanted} a DatasetDict with the splits {keys}: give one of them")
+        raise TypeError(f"{wanted} {describe(rows)}: of a dict of columns, datasets.Dataset.from_dict makes one")
+    if not hasattr(rows, "__len__"):
+        raise TypeError(f"{wanted} {describe(rows)}, which has no length: make a list of it")
+    if isinstance(rows, (bytes, str)) or not hasattr(rows, "__getitem__"):
+        raise TypeError(f"{wanted} {describe(rows)}")
     if len(rows) == 0:
         raise ValueError(f"{name} is empty: it needs at least one pair")
+    try:
+        rows[0]
+    except (KeyError, TypeError, IndexError) as error:
+        raise TypeError(f"{wanted} {describe(rows)}, which has no row 0: make a list of it") from error
     return rows

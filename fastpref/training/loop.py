@@ -53,9 +53,12 @@ def train(
         config: the options of the run.
         model: a transformers causal LM, trained in place, instead of `config.model` or `config.model_config`.
         tokenizer: a transformers tokenizer, instead of `config.tokenizer`.
-        train_dataset, eval_dataset: lists of dicts or `datasets.Dataset`s with prompt, chosen and rejected (strings,
-            or message lists; the prompt may be implicit), instead of `config.dataset` and `config.eval_dataset`. The
-            reference's log-probs are taken from the columns ref_chosen_logps and ref_rejected_logps where they exist.
+        train_dataset, eval_dataset: lists of dicts, `datasets.Dataset`s or pandas DataFrames with prompt, chosen and
+            rejected (strings, or message lists; the prompt may be implicit), instead of `config.dataset` and
+            `config.eval_dataset`. The reference's log-probs are taken from the columns ref_chosen_logps and
+            ref_rejected_logps where they exist.
+
+    A name or path in place of an object (`model="folder"`) sets the config's option of that name.
 
     The run folder holds metrics.jsonl, curves.png, TensorBoard events, samples.jsonl, the checkpoints and, at
     the end, the trained model in `model`. Where the chosen reward falls below zero with the loss, or gradients explode,

@@ -8,19 +8,22 @@ What allocators waste, and what communication between processes needs, is not in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpref.checks import parse_budget
 from fastpref.linear.peaks import Step, Use, logits_peak
-from fastpref.linear.plan import Problem, machine_of, parse_budget, plan_tokens
+from fastpref.linear.plan import Problem, machine_of, plan_tokens
 from fastpref.memory import available
 from fastpref.models import SOFTCAPS
 from fastpref.training.collate import IGNORE, Batch
 from fastpref.training.forward import autocasts
 from fastpref.training.meta import on_meta
-from fastpref.training.prepare import Run
+
+if TYPE_CHECKING:
+    from fastpref.training.prepare import Run
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,18 @@ def plan_memory(run: Run) -> MemoryPlan:
         checkpointing=config.gradient_checkpointing,
         why_unknown=cause,
     )
+
+
+def check_budget(run: Run) -> None:
+    """ValueError where a memory_budget that was given does not hold one tile of the largest micro-batch."""
+    if run.config.memory_budget is None or not run.pairs:
+        return
+    indices, _ = largest_micro_batch(run)
+    batch = run.collate([run.pairs[index] for index in indices])
+    weight: Tensor = run.model.get_output_embeddings().weight
+    operand = torch.bfloat16 if autocasts(run.config, run.accelerator.device) else weight.dtype
+    positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
+    _head(run, operand, weight, len(batch.rows), positions, scored)
 
 
 def largest_micro_batch(run: Run) -> tuple[list[int], int]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.options import UsageError
-from fastpref.training.build import build_model
+from fastpref.training.build import build_model, loading
 from fastpref.training.config import TrainConfig
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -35,7 +35,8 @@ def build_on_meta(
         given = on_meta(given)
     elif config.model is not None:
         # By name before anything else: a config may load where its weights will not.
-        whole = AutoConfig.from_pretrained(config.model)
+        with loading("model", config.model):
+            whole = AutoConfig.from_pretrained(config.model)
         say(check_weights(config.model))
         with torch.device("meta"):
             given = AutoModelForCausalLM.from_config(whole, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from fastpref.training.files import Rows, check_rows, load_rows
 from fastpref.training.formats import has_messages
 from fastpref.training.forward import autocasts
 from fastpref.training.layout import settle_layout
+from fastpref.training.memory_plan import check_budget
 from fastpref.training.meta import build_on_meta
 from fastpref.training.metrics import check_best
 from fastpref.training.offload import check_offload
@@ -122,6 +124,9 @@ def prepare(
     """Check and load everything that `fastpref.train` needs; what is wrong with its input is raised here."""
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    given = {"model": model, "tokenizer": tokenizer, "dataset": train_dataset, "eval_dataset": eval_dataset}
+    config = _with_names(config, given)
+    model, tokenizer, train_dataset, eval_dataset = (_unless_named(value) for value in given.values())
     accelerator = make_accelerator()
     out = sys.stdout if config.dry_run else sys.stderr  # there the lines are what was asked for
     console = Console(main=accelerator.is_main_process, progress=config.progress, out=out)
@@ -197,6 +202,7 @@ def prepare(
         state=None,
     )
     try:
+        check_budget(run)
         run = _with_output(run)
         if not config.dry_run:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -204,6 +210,20 @@ def prepare(
         run.restore_attention()
         raise
     return run
+
+
+def _with_names(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The config with the arguments that are names or paths, as if its options of that name had been set."""
+    names: dict[str, Any] = {name: value for name, value in given.items() if _unless_named(value) is not value}
+    for name, value in names.items():
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} was given twice, as {value!r} and as config.{name}={getattr(config, name)!r}")
+    return dataclasses.replace(config, **names)
+
+
+def _unless_named(value: Any) -> Any:
+    """An object as it is, None for a name or path."""
+    return None if isinstance(value, (str, os.PathLike)) else value
 
 
 def _check_folders(config: TrainConfig) -> None:

@@ -60,17 +60,17 @@ def test_a_bare_resume_means_the_newest_checkpoint() -> None:
 
 
 BAD = {
-    "unknown option": (["--lerning_rate=1"], "unknown option '--lerning_rate'; did you mean --learning_rate?"),
-    "abbreviated option": (["--max_len=3"], "unknown option '--max_len'"),
+    "unknown option": (["--lerning_rate=1"], "--lerning_rate=1; did you mean '--learning_rate'?"),
+    "abbreviated option": (["--max_len=3"], "--max_len=3; it is --max_length here"),
     "not a number": (["--beta=strong"], "argument --beta: invalid float value: 'strong'"),
     "out of range": (["--beta=-1"], "beta must be a finite number in (0, inf), got -1.0"),
     "unknown loss": (["--loss=dop"], "dop"),
     "unknown loss option": (["--loss=dpop", '--loss_options={"lambda": 2}'], "lambda"),
     "loss options no JSON": (["--loss_options={lam: 2}"], "loss_options is not valid JSON"),
-    "unknown precision": (["--precision=fp16"], "argument --precision: invalid choice: 'fp16'"),
+    "unknown precision": (["--precision=fp16"], "precision must be one of bf16, fp32; got 'fp16'"),
     "missing dataset": (["--dataset=none.jsonl"], "dataset: there is no file 'none.jsonl'"),
     "missing config": (["none.yaml"], "there is no config file 'none.yaml'"),
-    "not a config": (["run.txt"], "the config file must end in .yaml, .yml, .json, got 'run.txt'"),
+    "not a config": (["run.txt"], "run.txt: the config file must end in .yaml, .yml, .json"),
     "missing reference": (["--reference_model=/none/such"], "reference_model: there is no folder '/none/such'"),
     "reference cache a file": ([f"--reference_cache={__file__}"], "reference_cache must be a folder, or the name of a"),
     "output a file": ([f"--output_dir={__file__}"], "output_dir must be a folder, or the name of a new one; "),
@@ -104,21 +104,24 @@ def test_a_reference_model_that_cannot_be_loaded_gives_one_line_and_exit_code_2(
         assert last.startswith(f"fastpref train: error: reference_model='{empty}': ")
 
 
-def test_an_unknown_key_in_a_file_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_does_not_fit_is_named_with_the_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learning_rat: 1\n")
     assert main(["train", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "unknown option learning_rat; the options are model, model_config, tokenizer" in error
+    assert "unknown option 'learning_rat'; did you mean 'learning_rate'?" in error
+    path.write_text("colour: blue\n")
+    assert main(["train", str(path)]) == 2
+    assert "unknown option 'colour'; the options are model, model_config, tokenizer" in capsys.readouterr().err
     path.write_text("max_grad_norm:\n")
     assert main(["train", str(path)]) == 2
     assert "max_grad_norm is empty; leave it out for its default, 1.0" in capsys.readouterr().err
     path.write_text("a: [1\n")
     assert main(["train", str(path)]) == 2
-    assert "run.yaml cannot be read: while parsing a flow sequence" in capsys.readouterr().err
+    assert "run.yaml: cannot be read: while parsing a flow sequence" in capsys.readouterr().err
     path.write_text("- 1\n")
     assert main(["train", str(path)]) == 2
-    assert "run.yaml must hold options by name, got [1]" in capsys.readouterr().err
+    assert "run.yaml: the file must hold options by name, got [1]" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_gives_one_line_and_exit_code_1(

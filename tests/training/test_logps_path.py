@@ -10,7 +10,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fastpref.training import TrainConfig, forward, train
-from fastpref.training.arguments import UsageError, parse_arguments
+from fastpref.training.arguments import parse_arguments
 from fastpref.training.prepare import ResumeError
 
 Make = Callable[..., Any]
@@ -130,5 +130,5 @@ def test_the_command_line_takes_both_options() -> None:
     config = parse_arguments(["--logps", "linear", "--memory_budget", "64MiB"])
     assert (config.logps, config.memory_budget) == ("linear", "64MiB")
     assert parse_arguments(["--logps=logits"]).logps == "logits"
-    with pytest.raises(UsageError, match="invalid choice: 'both'"):
+    with pytest.raises(ValueError, match="logps must be one of linear, logits; got 'both'"):
         parse_arguments(["--logps=both"])
