@@ -326,7 +326,7 @@ def run_tiny(folder: Path) -> str:
     arguments = ["--quick", "--university", "Fudan University", "--seed", "4", "--output_dir", str(folder)]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(cli, "QUICK", TINY)
+        patch.setattr(run, "QUICK", TINY)
         assert cli.main(arguments) == 0
     return printed.getvalue()
 

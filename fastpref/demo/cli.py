@@ -6,12 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastpref.console import Console
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
-from fastpref.demo.run import FULL, OUTPUTS, QUICK, run_demo
 from fastpref.folders import Claim, Owner, claim, claim_next
 from fastpref.options import Parser
-from fastpref.training.stopping import Stopped, exit_code
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
 LARGEST_SEED = 2**31 - 1
@@ -47,6 +44,8 @@ def _parser() -> Parser:
 
 
 def _claim(options: argparse.Namespace) -> Claim:
+    from fastpref.demo.run import OUTPUTS
+
     owner = Owner("fastpref demo", {name: getattr(options, name) for name in ("university", "seed", "quick")})
     if options.output_dir is None:
         return claim_next(FOLDER, owner)
@@ -64,6 +63,12 @@ def main(argv: list[str]) -> int:
     try:
         options = _parser().parse_args(argv)
         options.university = check_university(options.university)
+
+        # After the options, which need not wait for torch.
+        from fastpref.console import Console
+        from fastpref.demo.run import FULL, QUICK, run_demo
+        from fastpref.training.stopping import Stopped, exit_code
+
         claimed = _claim(options)
     except (ValueError, OSError) as error:
         print(f"fastpref demo: error: {error}", file=sys.stderr)
