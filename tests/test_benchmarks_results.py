@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.report import __main__ as report
 from fastpref.benchmarks.report import noise, words
 from fastpref.benchmarks.report.compare import Comparison, compare
@@ -336,7 +337,7 @@ def test_the_page_tells_ours_against_rival_and_limit_first_and_says_what_nobody_
         assert f"(plots/cpu/{name}.png)" in page
 
 
-def test_the_readmes_block_has_three_tables_a_picture_and_the_gpus_line(folder: Path) -> None:
+def test_the_block_of_a_page_has_three_tables_a_picture_and_the_gpus_line(folder: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert run(folder) == 0
     assert {path.stem for path in (folder / "results" / "plots" / "cpu").iterdir()} == PICTURES
@@ -350,6 +351,18 @@ def test_the_readmes_block_has_three_tables_a_picture_and_the_gpus_line(folder: 
     assert "On a GPU: **not measured** yet." in readme
 
 
+def test_the_short_block_has_a_line_a_suite_and_counts_the_promises(folder: Path) -> None:
+    page = folder / "README.md"
+    page.write_text(f"{report.SHORT_OPENING}\nold\n<!-- end of results -->\n")
+    assert run(folder) == 0
+    text = page.read_text()
+    assert "| The loss from hidden states, CPU<br>" in text
+    assert "| **101 ms** | `liger` 4.46× | 9.91× | 50.0 MiB | 50.0 MiB |" in text
+    assert "On a GPU: **not measured** yet." in text
+    judged = judge(full_file()["rows"], "cpu")
+    assert f"\n{sum(promise.met for promise in judged)} of {len(judged)} promises are met.\n" in text
+
+
 def test_a_gpus_file_takes_the_place_of_not_measured(folder: Path) -> None:
     gpu = full_file(device_class="gpu", device="NVIDIA H200")
     (folder / "results" / "gpu.json").write_text(json.dumps(gpu))
@@ -359,7 +372,7 @@ def test_a_gpus_file_takes_the_place_of_not_measured(folder: Path) -> None:
     assert "| GPU | linear `linear-half` | **101 ms** |" in page
     assert "| `linear-half`<br>hidden (2, 8193, 4096)" not in page
     assert "| `linear-frozen`<br>hidden (2, 8193, 4096), frozen head (128256, 4096), bf16, 50% scored | not me" in page
-    assert "On a GPU" not in report.readme_block(files, "results")
+    assert "On a GPU" not in report.tables_block(files, "results")
 
 
 def test_check_names_what_is_stale_and_writing_mends_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from fastpref.benchmarks.longest_process import TimeUp
 from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.providers import providers_of
 from fastpref.benchmarks.providers.training import check_same_tokens
-from fastpref.benchmarks.report.page import readme_block, report
+from fastpref.benchmarks.report.page import report, tables_block
 from fastpref.benchmarks.report.plots import pictures, plot_all
 from fastpref.benchmarks.report.words import longest_tokens
 from fastpref.benchmarks.training import compare_losses, row_of
@@ -227,7 +227,7 @@ def test_the_page_tells_time_whole_run_peak_share_and_losses_of_each_contestant(
     assert "| **`fastpref`** | 2000 ms | 1.00× | 10.0 s | 15.5 s | 150 | 900 MiB | 500 MiB | 25% (40%) | 0 |" in page
     assert "![training-fp32](plots/cpu/training-fp32.png)" in page
     assert "| GPU | training | not measured |" in page
-    block = readme_block({"cpu": a_file(runs())}, "results")
+    block = tables_block({"cpu": a_file(runs())}, "results")
     assert "Whole training runs: 2 pairs, 4 layers" in block
     assert "![Whole training runs](results/plots/cpu/training-fp32.png)" in block
 

@@ -1,1 +1,1 @@
-"""What is made of results files: pictures, a page, the README's tables, a comparison. It measures nothing."""
+"""What is made of results files: pictures, pages and their tables, a comparison. It measures nothing."""

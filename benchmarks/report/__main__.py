@@ -1,7 +1,8 @@
-"""`python -m fastpref.benchmarks.report`: the report page, its pictures and the README's block, from the results files.
+"""`python -m fastpref.benchmarks.report`: the report page, its pictures, and blocks of other pages, from results files.
 
-Without options it reads the committed files and writes benchmarks/results/REPORT.md, benchmarks/results/plots/ and the
-README's block. With `--results DIR` it writes into DIR and leaves the README alone, unless `--readme` names one.
+Without options it reads the committed files and writes benchmarks/results/REPORT.md, benchmarks/results/plots/, and the
+blocks in README.md and docs/benchmarks.md. With `--results DIR` it writes into DIR and no other page, unless `--readme`
+names one.
 `--check` writes nothing and says what is stale: pictures by whether they are there, text as it stands.
 """
 
@@ -17,27 +18,30 @@ from typing import Any
 from fastpref.options import Parser, UsageError
 
 from .. import results
-from .page import COMMAND, readme_block, report
+from .page import COMMAND, report, short_block, tables_block
 from .plots import pictures, plot_all
 from .words import Row
 
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
+PAGES = (README, README.parent / "docs" / "benchmarks.md")
 OPENING = f"<!-- results: written by `{COMMAND}` -->"
-BLOCK = re.compile(r"(<!-- results: [^\n]*-->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+SHORT_OPENING = OPENING.replace("results:", "results in short:")
+BLOCK = re.compile(r"(<!-- results(?P<short> in short)?: [^\n]*-->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 # Sizes the planned cases of the GPU, before there is one.
 PLANNED_MEMORY = 80 * 2**30
 
 
 def _parser() -> Parser:
-    parser = Parser(prog=COMMAND, description="Report page, pictures and README block from results files.")
+    parser = Parser(prog=COMMAND, description="Report page, pictures and the pages' blocks from results files.")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the JSON files")
     parser.add_argument(
         "--readme",
         type=Path,
         default=None,
         metavar="FILE",
-        help="whose block is written too (default: only with the committed results, the repository's)",
+        help="a page whose block is written too (default: only with the committed results, README.md and "
+        "docs/benchmarks.md)",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 and names where it is stale")
     return parser
@@ -48,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = _parser().parse_args(argv)
         folder: Path = options.results
-        readme = options.readme or (README if folder.resolve() == RESULTS.resolve() else None)
+        committed = folder.resolve() == RESULTS.resolve()
+        pages = (options.readme,) if options.readme else PAGES if committed else ()
         files = read_all(folder)
         texts = {folder / "REPORT.md": report(files, planned_on_gpu())}
-        if readme is not None:
-            texts[readme] = _with_block(readme, files, folder)
+        texts |= {page: _with_block(page, files, folder) for page in pages}
         if options.check:
             stale = _stale(folder, files, texts)
             print("\n".join([*stale, f"run `{COMMAND}`"] if stale else ["up to date"]))
@@ -88,12 +92,19 @@ def planned_on_gpu() -> dict[str, list[Row]]:
     return {**planned, "training": whole}
 
 
-def _with_block(readme: Path, files: dict[str, dict[str, Any]], folder: Path) -> str:
-    text = readme.read_text(encoding="utf-8")
+def _with_block(page: Path, files: dict[str, dict[str, Any]], folder: Path) -> str:
+    text = page.read_text(encoding="utf-8")
     if len(BLOCK.findall(text)) != 1:
-        raise UsageError(f"{readme} must have one line {OPENING} and after it one <!-- end of results -->")
-    relative = Path(os.path.relpath(folder.resolve(), readme.resolve().parent)).as_posix()
-    return BLOCK.sub(lambda found: f"{found[1]}{readme_block(files, relative)}\n{found[3]}", text)
+        raise UsageError(
+            f"{page} must have one line {OPENING} or {SHORT_OPENING}, and after it one <!-- end of results -->"
+        )
+    relative = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
+
+    def block(match: re.Match[str]) -> str:
+        written = short_block(files) if match["short"] else tables_block(files, relative)
+        return f"{match[1]}{written}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
 
 
 def _wanted_pictures(folder: Path, files: dict[str, dict[str, Any]]) -> set[Path]:

@@ -1,4 +1,4 @@
-"""The report page and the README's block, as Markdown, from results files: what a reader wants first comes first.
+"""The report page, and the blocks of README.md and docs/benchmarks.md, as Markdown, from results files.
 
 Ratios are taken within a file alone: its rows come from one run on one device.
 """
@@ -68,8 +68,25 @@ def report(files: Files, planned: Planned) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme_block(files: Files, folder: str) -> str:
-    """A table a suite and one picture, of the CPU and, where it is measured, of the GPU; `folder` holds the files."""
+def short_block(files: Files) -> str:
+    """README.md's: a line a suite, the GPU's line where nothing is measured, and how many promises are met."""
+    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
+    header = ["", "fastpref", "fastest other", "plain torch", "peak memory", "the other's peak"]
+    rows = []
+    for device_class, here in _by_class(files).items():
+        for suite, title in TITLES.items():
+            groups = [headline([row for row in _timed(file) if row["suite"] == suite]) for file in here.values()]
+            if group := max(groups, key=len, default=[]):
+                ours, _, *others = against(group)
+                rows.append([f"{title}, {CLASSES[device_class]}<br>{shape(group[0])}", ours, *others[:4]])
+    lines = [*table(header, rows), ""]
+    if not any(file["device_class"] == "gpu" for file in files.values()):
+        lines += [f"On a {CLASSES['gpu']}: **{NOT_MEASURED}** yet.", ""]
+    return "\n".join([*lines, f"{sum(promise.met for promise in promises)} of {len(promises)} promises are met."])
+
+
+def tables_block(files: Files, folder: str) -> str:
+    """docs/benchmarks.md's: a table a suite, pictures, and what is promised and missed; `folder` holds the files."""
     lines: list[str] = []
     for device_class, here in _by_class(files).items():
         if device_class not in ("cpu", "gpu"):
@@ -88,7 +105,8 @@ def readme_block(files: Files, folder: str) -> str:
                 picture = slug(suite, group[0]["case"])
                 if suite in ("linear", "training") and picture in pictures(here[name]):
                     lines += [f"![{TITLES[suite]}]({folder}/plots/{name}/{picture}.png)", ""]
-    return "\n".join([*lines, NOTE.split(" `rival`")[0]])
+    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
+    return "\n".join([*lines, NOTE.split(" `rival`")[0], "", *_promises(promises)]).rstrip()
 
 
 def _by_class(files: Files) -> dict[str, dict[str, File]]:

@@ -56,10 +56,10 @@ def test_a_script_that_imported_the_class_before_gets_the_same_run_faster_heads_
     assert namespace["DPOTrainer"] is DPOTrainer
 
 
-def test_the_readmes_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_the_page_on_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "patch_trl" in code]
+    page = (Path(__file__).parents[3] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "patch_trl" in code]
     names: dict[str, Any] = {}
     exec(code.replace('"runs/dpop"', '"runs/dpop", use_cpu=True, bf16=False'), names)
     assert vars(DPOTrainer)["_compute_loss"] is not ORIGINALS["_compute_loss"]
