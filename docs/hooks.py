@@ -1,16 +1,19 @@
-"""MkDocs hook: pages that lie beside what they tell of (benchmarks, changelog, contributing) join the site.
+"""MkDocs hooks: pages from outside docs/ join the site, and the table of options is made.
 
-In the repository docs/ links to them as `../benchmarks/...`; on the site they stand under `measured/`.
+In the repository docs/ links to `../benchmarks/...`; on the site these pages stand under `measured/`.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
-PATTERNS = ("README.md", "compile/COMPILED.md", "results/**/*", "study/*/*.md", "study/*/*.png")
+from fastpref import TrainConfig
+
+PATTERNS = ("README.md", "compile/COMPILED.md", "results/**/*", "study/small/*")
 AT_THE_TOP = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
@@ -28,4 +31,15 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     for name, page in AT_THE_TOP.items():
         markdown = markdown.replace(f"](../{name})", f"]({page})")
+    markdown = markdown.replace("<!-- options -->", table_of_options())
     return markdown.replace("](../benchmarks/", "](measured/")
+
+
+def table_of_options() -> str:
+    """A line for each field of TrainConfig, in the order of `fastpref train --help`."""
+    lines = ["| option | default | |", "| --- | --- | --- |"]
+    for option in fields(TrainConfig):
+        text = option.metadata["help"].replace("|", "\\|")
+        default = "" if option.default is None else f"`{option.default}`"
+        lines.append(f"| `{option.name}` | {default} | {text} |")
+    return "\n".join(lines)

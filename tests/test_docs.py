@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,6 +211,14 @@ def test_what_the_pages_install_exists() -> None:
         assert (ROOT / file).is_file()
 
 
+def test_ci_installs_what_the_readme_s_test_command_installs_and_what_the_site_needs() -> None:
+    readme, ci = ((ROOT / name).read_text("utf-8") for name in ("README.md", ".ci/run"))
+    installed = r'pip install (?:--quiet )?-c constraints\.txt -e "\.\[([\w,]*test[\w,]*)\]"'
+    (named,), (in_ci,) = (re.findall(installed, text) for text in (readme, ci))
+    assert {*named.split(","), "docs"} <= {*in_ci.split(",")}
+    assert "mkdocs build --strict" in ci
+
+
 def test_launches_on_gpus_are_parsed_by_accelerate_and_by_train() -> None:
     launch = pytest.importorskip("accelerate.commands.launch")
     from fastpref.training.arguments import parse_arguments
@@ -395,6 +404,44 @@ def test_every_public_name_is_in_the_api_reference() -> None:
     assert set(fastpref.__all__) - shown == {"LOSSES"}  # docs/losses.md has them as a table
 
 
+# The missed promises, by case and beginning: the numbers that were got and the one that was promised, as told.
+MISSED = {
+    ("linear-half", "times faster than linear_cross_entropy_tuned"): ("2.4", "4"),
+    ("linear-quarter", "times faster than linear_cross_entropy_tuned"): ("2.3", "7"),
+    ("linear-quarter", "times faster than plain"): ("11.7", "12"),
+    ("linear-most", "times faster than plain_fp32"): ("1.1 to 1.2", "2.3"),
+    ("linear-most", "times faster than plain"): ("3.1 to 3.4", "4.2"),
+    ("linear-most", "times the products alone"): ("1.5", "1.4"),
+    ("headline", "times faster than cross_entropy_nocopy"): ("2.9", "3.5"),
+    ("training-fp32", "times faster a step than trl"): ("6.0", "8"),
+}
+
+
+def test_every_missed_promise_is_told_with_its_numbers() -> None:
+    from fastpref.benchmarks.promises import judge
+    from fastpref.benchmarks.results import read
+
+    files = [read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    missed: dict[tuple[str, str], list[Any]] = {}
+    for promise in [promise for file in files for promise in judge(file["rows"], file["device_class"])]:
+        if not promise.met:
+            missed.setdefault((promise.case, promise.what.split(",")[0]), []).append(promise)
+    assert {
+        key: (" to ".join(sorted(f"{promise.got:.1f}" for promise in found)), f"{found[0].bound:g}")
+        for key, found in missed.items()
+    } == MISSED
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8").partition("<!-- end of results -->")[2]
+    for got, promised in MISSED.values():
+        assert f"{got} rather than {promised}" in " ".join(page.split())
+
+
+def test_what_the_pages_quote_of_the_study_is_in_its_report() -> None:
+    report = (ROOT / "benchmarks" / "study" / "small" / "README.md").read_text("utf-8")
+    quoted = re.findall(r"[−+]\d+\.\d+|\d+%", (ROOT / "docs" / "study.md").read_text("utf-8"))
+    assert len(quoted) == 10
+    assert [number for number in quoted if number not in report] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("mkdocs", "mkdocstrings_handlers.python", "material"):
@@ -404,3 +451,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     html = (tmp_path / "site" / "api.html").read_text("utf-8")
     assert 'id="fastpref.sequence_logps"' in html
+    options = (tmp_path / "site" / "options.html").read_text("utf-8")
+    missing = [field.name for field in fields(fastpref.TrainConfig) if f"<code>{field.name}</code>" not in options]
+    assert missing == []

@@ -1,7 +1,8 @@
-"""The example runs as the README says, without network, and what it prints shows that it learns."""
+"""The examples run without network: the loop in bare torch learns, and each configuration trains a model."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -13,7 +14,8 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "bare_torch.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = EXAMPLES / "bare_torch.py"
 
 
 def steps(printed: str) -> tuple[list[float], list[float]]:
@@ -51,3 +53,37 @@ def test_it_takes_a_model_from_a_folder(
 
 def test_it_is_as_short_as_the_readme_says() -> None:
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 40
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "dpop"])
+def test_a_configuration_trains_by_the_method_that_it_is_named_after(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key is an option, the first loss is ln 2, and a change of the weights, or an adapter, is saved."""
+    for needed in ("accelerate", "peft", "yaml"):
+        pytest.importorskip(needed, reason="the train extra is not installed")
+    from safetensors.torch import load_file
+
+    from fastpref import cli
+
+    monkeypatch.setattr("fastpref.training.loop.draw", lambda run, history: None)  # takes longer than a tiny run
+    tokenizer = runpy.run_path(str(Path(__file__).parent / "training" / "conftest.py"))["byte_tokenizer"]()
+    shape = {"vocab_size": 302, "n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 1024}
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+    for part in (transformers.GPT2LMHeadModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"sky {i}?", "chosen": " blue", "rejected": f" green {i}"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    options = ["--model", tmp_path / "model", "--dataset", tmp_path / "pairs.jsonl", "--output_dir", run]
+    assert cli.main(["train", str(EXAMPLES / f"{name}.yaml"), *map(str, options)]) == 0
+    used = json.loads((run / "config.json").read_text())
+    assert (used["loss"], used["lora_rank"]) == ("dpop" if name == "dpop" else "dpo", 16 if name == "lora" else 0)
+    assert used["loss_options"] == ({"lam": 5.0} if name == "dpop" else {})
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.6931472, rel=1e-5)
+    if name == "lora":
+        assert (run / "model" / "adapter_model.safetensors").is_file()
+    else:
+        before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run / "model"))
+        assert any(not after[key].equal(before[key]) for key in before)

@@ -1,4 +1,4 @@
-"""`python -m fastpref.losses` prints the registry as a Markdown table: the one in the README."""
+"""`python -m fastpref.losses` prints the registry as a Markdown table: the one in docs/losses.md."""
 
 from __future__ import annotations
 

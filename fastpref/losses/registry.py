@@ -1,4 +1,4 @@
-"""Every loss by name, with its options and what it needs. The README's table is made from it."""
+"""Every loss by name, with its options and what it needs. The table in docs/losses.md is made from it."""
 
 from __future__ import annotations
 
