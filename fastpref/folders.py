@@ -54,12 +54,12 @@ class Claim:
             _lock(self._file, folder, owner)
             if not (self._marker.exists() and os.path.samestat(os.fstat(self._file), self._marker.stat())):
                 raise _busy(folder, owner)  # another process has given the folder up just now
-            _check_content(folder, owner)
+            fresh = _check_content(folder, owner)
         except BaseException:
             self._close()
             raise
-        self.notes: dict[str, Any] = _read(folder)
-        if not self.notes:
+        self.notes: dict[str, Any] = {} if fresh else _read(folder)
+        if fresh:
             self.note(command=owner.command, identity=dict(owner.identity), finished=False)
 
     def note(self, **notes: Any) -> None:
@@ -71,14 +71,13 @@ class Claim:
         os.fsync(self._file)
 
     def finish(self) -> None:
-        """The run has come to its end: from now on only `resume` may go on in the folder."""
+        """From now on only `resume` may go on in the folder: the run has ended, or cannot start again over its files."""
         self.note(finished=True)
 
     def release(self) -> None:
         """Let others have the folder. A claim under which nothing was written leaves nothing."""
-        new = MARKER not in self._before
-        if self._close.alive and new and set(os.listdir(self.folder)) == {MARKER, *self._before}:
-            with suppress(OSError):  # Windows unlinks no open file; and a parent that was made may be in use by now
+        with suppress(OSError):  # gone already; or in use by now; and Windows unlinks no open file
+            if self._close.alive and set(os.listdir(self.folder)) - self._before == {MARKER}:
                 self._marker.unlink()
                 for folder in reversed(self._made):
                     folder.rmdir()
@@ -195,27 +194,27 @@ def _check_place(path: Path, option: str = "output_dir") -> None:
         raise FolderError(f"{start}: {str(place)!r} is read-only: give another one")
 
 
-def _check_content(folder: Path, owner: Owner) -> None:
+def _check_content(folder: Path, owner: Owner) -> bool:
+    """Whether nothing has been written there yet, beside a marker and what may lie there."""
     start, here = f"output_dir {str(folder)!r}", folder.resolve()
     for option, source in owner.inputs.items():
         path = Path(source or "")
         if source and path.exists() and here in (path.resolve(), *path.resolve().parents):
             relation = "is the folder of" if here == path.resolve() else "holds"
             raise FolderError(f"{start} {relation} {option} {source!r}, which is read: give another folder")
-    if not folder.exists():
-        return
+    paths = folder.iterdir() if folder.exists() else ()
+    names = sorted(path.name for path in paths if not any(map(path.match, (MARKER, *owner.besides))))
+    if not names:
+        return True
     there = _read(folder)
     if not there:
-        names = sorted(path.name for path in folder.iterdir() if not any(map(path.match, (MARKER, *owner.besides))))
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            what = f"{', '.join(names[:SHOWN])}{more}"
-            raise FolderError(f"{start} holds {what}, which {owner.command} did not write: give another folder")
-        return
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        what = f"{', '.join(names[:SHOWN])}{more}"
+        raise FolderError(f"{start} holds {what}, which {owner.command} did not write: give another folder")
     if there.get("command") != owner.command:
         raise FolderError(f"{start} is a folder of {there.get('command')}: give another one")
     if there.get("finished") and not owner.resume:
-        raise FolderError(f"{start} holds a finished run of {owner.command}: give another folder")
+        raise FolderError(f"{start} holds an earlier run of {owner.command}: give another folder")
     earlier, wanted = there.get("identity", {}), json.loads(json.dumps(dict(owner.identity)))
     differing = [
         f"{name} {earlier.get(name)!r} (asked for: {value!r})"
@@ -225,6 +224,7 @@ def _check_content(folder: Path, owner: Owner) -> None:
     if differing:
         what = f"a run of {owner.command} with {', '.join(differing)}"
         raise FolderError(f"{start} holds {what}: give another folder")
+    return False
 
 
 def _read(folder: Path, *, damaged: dict[str, Any] | None = None) -> dict[str, Any]:

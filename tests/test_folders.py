@@ -120,7 +120,7 @@ def test_a_finished_run_is_only_gone_on_with_and_keeps_its_notes(tmp_path: Path)
         first.note(seconds=123456.75)
         first.finish()
         first.note(seconds=1)  # a shorter text than the one before
-    with pytest.raises(FolderError, match="finished run"):
+    with pytest.raises(FolderError, match="holds an earlier run"):
         claim(tmp_path / "run", Owner("fastpref study", STUDY.identity))
     with claim(tmp_path / "run", STUDY) as again:
         assert (again.notes["seconds"], again.notes["finished"]) == (1, True)

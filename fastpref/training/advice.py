@@ -127,7 +127,7 @@ class Adviser:
         if not self._run.accelerator.is_main_process or not (self.said or path.exists()):
             return
         with writing(path):
-            if not self.said:  # of an earlier run in this folder, or of steps that will be made again
+            if not self.said:  # it is of steps that will be made again
                 path.unlink()
                 return
             with new_file(path) as new:  # whole: at most a line of each kind

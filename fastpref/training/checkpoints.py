@@ -55,7 +55,7 @@ def find_checkpoint(resume: str, output_dir: Path, accelerator: Any, *, say: Cal
             found = [_find_latest(output_dir, say) if resume == "latest" else _check_named(Path(resume))]
         except (FileNotFoundError, ResumeError) as error:
             found = [error]
-    _broadcast(found)
+    broadcast(found)
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -279,7 +279,7 @@ def _gathered(accelerator: Any, value: Any) -> list[Any]:
     return gather_object([value])
 
 
-def _broadcast(values: list[Any]) -> None:
+def broadcast(values: list[Any]) -> None:
     """The main process's list, on every process; also a barrier."""
     from accelerate.utils import broadcast_object_list
 
@@ -295,7 +295,7 @@ def _on_main(accelerator: Any, write: Callable[[], None]) -> None:
             write()
         except SaveError as error:
             problem, cause = [str(error)], error
-    _broadcast(problem)
+    broadcast(problem)
     if problem[0] is not None:
         raise SaveError(problem[0]) from cause
 

@@ -33,6 +33,7 @@ OPTIONAL_STRINGS = (
     "eval_dataset",
     "reference_model",
     "reference_cache",
+    "output_dir",
 )
 SWITCHES = (
     "disable_dropout",
@@ -84,7 +85,7 @@ class TrainConfig:
         "those of its base.",
     )
     reference_cache: str | None = _option(
-        None, "Folder that keeps reference log-probs, to share them between runs; by default --output_dir."
+        None, "Folder that keeps reference log-probs, to share them between runs; by default the run's own."
     )
     lora_rank: int = _option(
         0, "Train LoRA adapters of this rank (PEFT) in place of the weights; 0 trains the weights."
@@ -187,10 +188,15 @@ class TrainConfig:
         None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10."
     )
     seed: int = _option(0, "Seed of random weights, of the order of the data and of dropout.")
-    output_dir: str = _option("runs/fastpref", "Folder of the run: metrics, curves, checkpoints, final model.")
+    output_dir: str | None = _option(
+        None,
+        "Folder of the run: metrics, curves, checkpoints, final model. It must be new or empty; by default "
+        "runs/fastpref, then runs/fastpref-2 and so on.",
+    )
     resume: str | None = _option(
         None,
-        "Go on from a checkpoint: its path, or no value for the newest in --output_dir.",
+        "Go on from a checkpoint: its path, or no value for the newest in --output_dir; without --output_dir for the "
+        "newest of all default folders. The run goes on in the folder of its checkpoint, unless another is given.",
         nargs="?",
         const="latest",
     )
@@ -213,8 +219,6 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise TypeError(f"{name} must be a non-empty string or None, got {describe(value)}")
-        if not (isinstance(self.output_dir, str) and self.output_dir):
-            raise TypeError(f"output_dir must be a non-empty string, got {describe(self.output_dir)}")
         if self.model is not None and self.model_config is not None:
             raise ValueError("give model (weights to start from) or model_config (random weights), not both")
         if not (isinstance(self.loss, str) and self.loss):

@@ -69,6 +69,7 @@ def train(
 
     Raises:
         ValueError, TypeError, FileNotFoundError: options or data that do not fit, before anything is trained.
+        FolderError: output_dir cannot be used, be it that it holds what this run did not write; nothing is changed.
         NonFiniteError: a loss or gradient is not finite (with `on_nonfinite="stop"`); the checkpoints stay.
         MemoryLimitError: memory did not suffice; the message has sizes and remedies, and the checkpoints stay.
         SaveError: a file could not be written, be the disk full; the checkpoints stay.
@@ -96,7 +97,7 @@ def train_run(run: Run) -> TrainResult:
         except MemoryLimitError as error:
             raise MemoryLimitError(f"{error}. {_what_is_left(run)}") from error
         finally:
-            run.restore_attention()
+            run.release()
 
 
 class _Loop:
@@ -157,6 +158,8 @@ class _Loop:
                     if saving:
                         self.save(log, step)
             save_trained_model(run, self.model)
+            if run.claim is not None:
+                run.claim.finish()
             say_how_to_merge(run.model, run.output_dir / "model", say=run.console.say)
             self.draw(log)
             write_listing(run, log.history)

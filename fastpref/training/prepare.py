@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 
 from fastpref.console import Console
+from fastpref.folders import Claim
 from fastpref.losses import LossSpec, get_loss
 from fastpref.training.adapters import adapters_wanted
 from fastpref.training.auto_batch import check_auto_batch
 from fastpref.training.batches import BatchPlan, Sizes
 from fastpref.training.build import build_model, build_tokenizer
-from fastpref.training.checkpoints import ResumeError, checkpoint_folders, find_checkpoint, load_state
+from fastpref.training.checkpoints import ResumeError, find_checkpoint, load_state
 from fastpref.training.collate import Batch, Layout, collate
 from fastpref.training.config import (
     LEARNING_RATE,
@@ -32,7 +33,6 @@ from fastpref.training.config import (
 )
 from fastpref.training.data import Pair, data_digest, tokenize_rows
 from fastpref.training.distributed import make_accelerator, place
-from fastpref.training.durable import sweep
 from fastpref.training.files import Rows, check_rows, load_rows
 from fastpref.training.formats import has_messages
 from fastpref.training.forward import autocasts
@@ -41,6 +41,7 @@ from fastpref.training.memory_plan import check_budget
 from fastpref.training.meta import build_on_meta
 from fastpref.training.metrics import check_best
 from fastpref.training.offload import check_offload
+from fastpref.training.run_folder import claim_folder
 
 # Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
 # free.)
@@ -72,6 +73,7 @@ class Run:
     own_attention: str  # the model's before the layout set it
     shape: str  # of the model, before it was wrapped
     output_dir: Path
+    claim: Claim | None  # of that folder, on the main process; None for a dry run
     checkpoint: Path | None  # to resume from
     state: dict[str, Any] | None  # of that checkpoint
 
@@ -84,10 +86,15 @@ class Run:
         """Steps between two metric records."""
         return self.config.logging_every or min(max(self.steps // 100, 1), 10)
 
-    def restore_attention(self) -> None:
-        """Give the model, which may be the caller's, the attention back that it had before the layout set it."""
+    def release(self) -> None:
+        """Give the model, which may be the caller's, the attention back that it had before the layout set it.
+
+        And let others have the run's folder.
+        """
         if self.layout.name != "padded":
             self.model.set_attn_implementation(self.own_attention)
+        if self.claim is not None:
+            self.claim.release()
 
     def sizes(self, pairs: Sequence[Pair]) -> Sizes:
         """What pairs take in this run's batches."""
@@ -133,11 +140,33 @@ def prepare(
     check_offload(config, accelerator.device)
     if config.precision == "bf16" and not autocasts(config, accelerator.device):
         console.say("precision=bf16 would be slower on this CPU, which only emulates it: the run is in float32")
-    _check_folders(config)
+    _check_cache(config)
     spec = _check_loss(config, accelerator.num_processes)
     check_auto_batch(config, spec, accelerator.distributed_type.name)
     torch.manual_seed(config.seed)
+    folder, claim = claim_folder(config, accelerator)  # before anything is loaded
+    config = dataclasses.replace(config, output_dir=str(folder))
+    given = {"model": model, "tokenizer": tokenizer, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    try:
+        return _prepare(config, accelerator, console, spec, claim, **given)
+    except BaseException:
+        if claim is not None:
+            claim.release()
+        raise
 
+
+def _prepare(
+    config: TrainConfig,
+    accelerator: Any,
+    console: Console,
+    spec: LossSpec,
+    claim: Claim | None,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> Run:
     rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
     if rows is None:
         raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
@@ -180,7 +209,6 @@ def prepare(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    output_dir = Path(config.output_dir)
     run = Run(
         config=config,
         max_length=max_length,
@@ -197,19 +225,17 @@ def prepare(
         layout=layout,
         own_attention=own_attention,
         shape=_shape(model),
-        output_dir=output_dir,
+        output_dir=Path(cast(str, config.output_dir)),
+        claim=claim,
         checkpoint=None,
         state=None,
     )
     try:
         check_budget(run)
-        run = _with_output(run)
-        if not config.dry_run:
-            output_dir.mkdir(parents=True, exist_ok=True)
+        return _with_checkpoint(run)
     except BaseException:
-        run.restore_attention()
+        run.release()
         raise
-    return run
 
 
 def _with_names(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
@@ -226,11 +252,10 @@ def _unless_named(value: Any) -> Any:
     return None if isinstance(value, (str, os.PathLike)) else value
 
 
-def _check_folders(config: TrainConfig) -> None:
-    for name in ("output_dir", "reference_cache"):
-        value = getattr(config, name)
-        if value is not None and Path(value).exists() and not Path(value).is_dir():
-            raise ValueError(f"{name} must be a folder, or the name of a new one; {value!r} is a file")
+def _check_cache(config: TrainConfig) -> None:
+    value = config.reference_cache
+    if value is not None and Path(value).exists() and not Path(value).is_dir():
+        raise ValueError(f"reference_cache must be a folder, or the name of a new one; {value!r} is a file")
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
@@ -313,18 +338,11 @@ def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], l
     return [p for i, p in enumerate(pairs) if i not in held_out], [p for i, p in enumerate(pairs) if i in held_out]
 
 
-def _with_output(run: Run) -> Run:
-    """Find the checkpoint to resume and hold it against the run, or see that none would be mixed up."""
-    config, output_dir = run.config, run.output_dir
-    if config.resume is None and checkpoint_folders(output_dir):
-        raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run: set resume to go on with it, or take another output_dir"
-        )
-    if run.accelerator.is_main_process and not config.dry_run:  # not before: the earlier run may be going on still
-        sweep(output_dir)
-    if config.resume is None:
+def _with_checkpoint(run: Run) -> Run:
+    """Find the checkpoint to resume, if one was asked for, and hold it against the run."""
+    if run.config.resume is None:
         return run
-    checkpoint = find_checkpoint(config.resume, output_dir, run.accelerator, say=run.console.say)
+    checkpoint = find_checkpoint(run.config.resume, run.output_dir, run.accelerator, say=run.console.say)
     state = load_state(checkpoint)
     differing = [name for name, value in run.settings.items() if state["settings"].get(name) != value]
     if differing:
@@ -336,10 +354,4 @@ def _with_output(run: Run) -> Run:
     if state["step"] > run.steps:
         raise ResumeError(f"{checkpoint} has made {state['step']} steps already, more than the {run.steps} asked for")
     run.console.say(f"resuming {checkpoint} after step {state['step']}")
-    resumed = dataclasses.replace(run, checkpoint=checkpoint, state=state)
-    if not resumed.kept and checkpoint_folders(output_dir):
-        raise ResumeError(
-            f"{output_dir} holds checkpoints of another run than {checkpoint}: set resume without a path to go on with "
-            "that one, or take another output_dir"
-        )
-    return resumed
+    return dataclasses.replace(run, checkpoint=checkpoint, state=state)

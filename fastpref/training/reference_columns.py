@@ -27,8 +27,9 @@ def with_reference(config: TrainConfig, *, model: Any = None, tokenizer: Any = N
     """The dataset with the columns `ref_chosen_logps` and `ref_rejected_logps`: those that `train` would use.
 
     For a trainer that reads these columns, and for a dataset that is to be kept with them. What the cache of this
-    config holds (its `reference_cache`, or its `output_dir`) is taken from there, so that it is quick after a run; the
-    rest is computed and added to it. Rows that training would leave out (`max_length`) are left out.
+    config holds (its `reference_cache`, or else its `output_dir`, if one is set) is taken from there, so that it is
+    quick after a run; the rest is computed and added to it. Rows that training would leave out (`max_length`) are left
+    out.
 
     TRL (1.16) adds such columns itself where `precompute_ref_log_probs` is set, and stops at a dataset that has them.
     With the option left off it takes those that are there, if told so after the trainer is made:
@@ -55,12 +56,12 @@ def with_reference(config: TrainConfig, *, model: Any = None, tokenizer: Any = N
             output_dir=empty,
         )
         run = prepare(alone, model=model, tokenizer=tokenizer, train_dataset=rows)
-        if not run.spec.needs_reference:
-            raise ValueError(f"loss {run.spec.name!r} needs no reference: there are no log-probs to add")
         try:
+            if not run.spec.needs_reference:
+                raise ValueError(f"loss {run.spec.name!r} needs no reference: there are no log-probs to add")
             add_reference(run)
         finally:
-            run.restore_attention()
+            run.release()
     columns = {
         CHOSEN: [pair.ref_chosen_logp for pair in run.pairs],
         REJECTED: [pair.ref_rejected_logp for pair in run.pairs],

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run: config.json, environment.json, resumed.jsonl, and a README that lists all."""
+"""The run's folder: which it is and whose, and what it tells: config.json, environment.json, resumed.jsonl, README."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpref.environment import record
+from fastpref.folders import MARKER, Claim, FolderError, Owner, check, claim, claim_next, claimed, next_folder
 from fastpref.training.advice import ADVICE
+from fastpref.training.checkpoints import broadcast, checkpoint_folders
 from fastpref.training.config import TrainConfig
-from fastpref.training.durable import new_file, writing
-from fastpref.training.prepare import Run
+from fastpref.training.durable import MANIFEST, new_file, sweep, writing
 
+if TYPE_CHECKING:
+    from fastpref.training.prepare import Run
+
+COMMAND = "fastpref train"
+DEFAULT = Path("runs") / "fastpref"
+# Options with which a run that did not finish may start again in its folder, though they differ.
+FREE = ("output_dir", "dry_run", "progress")
+INPUTS = ("model", "tokenizer", "reference_model", "dataset", "eval_dataset")
 CONFIG, ENVIRONMENT, RESUMED, README = "config.json", "environment.json", "resumed.jsonl", "README.md"
 # What each file is, in the order in which a reader wants them.
 LISTING = {
@@ -32,14 +41,101 @@ LISTING = {
 }
 
 
+def claim_folder(config: TrainConfig, accelerator: Any) -> tuple[Path, Claim | None]:
+    """The run's folder, and on the main process its claim; a dry run claims nothing, and is refused likewise.
+
+    Without `output_dir` it is a new one, or with `resume` that of the checkpoint.
+
+    Raises:
+        FolderError: on every process; nothing has been changed.
+        FileNotFoundError: `resume` has no value, and no default folder a checkpoint.
+    """
+    held: Claim | None = None
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            folder, held = _claim(config)
+            found = [folder]
+        except (OSError, ValueError) as error:  # the others must not wait for ever
+            found = [error]
+    broadcast(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0], held
+
+
+def _claim(config: TrainConfig) -> tuple[Path, Claim | None]:
+    folder, resume = _asked_for(config), config.resume
+    goes_on = resume == "latest" or (
+        resume is not None and folder is not None and Path(resume).resolve().parent == folder.resolve()
+    )
+    options = {name: value for name, value in as_options(config).items() if name not in FREE}
+    owner = Owner(
+        COMMAND,
+        identity={} if goes_on else options,
+        resume=goes_on,
+        inputs={f"--{name}": getattr(config, name) for name in INPUTS},
+        besides=("reference-*",),  # log-probs by the key that they are valid for: nobody's are replaced
+    )
+    if folder is not None and (folder / MARKER).is_file():
+        _check_own(folder, goes_on)
+    if config.dry_run:
+        folder = folder or next_folder(DEFAULT)
+        check(folder, owner)
+        return folder, None
+    held = claim_next(DEFAULT, owner) if folder is None else claim(folder, owner)
+    try:
+        sweep(held.folder)
+        _check_own(held.folder, goes_on)  # again: a checkpoint may have been put back
+    except BaseException:
+        held.release()
+        raise
+    return held.folder, held
+
+
+def _asked_for(config: TrainConfig) -> Path | None:
+    """None stands for a new one."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    if config.resume is None:
+        return None
+    if config.resume != "latest":
+        folder = Path(config.resume).parent
+        return folder if (folder / MARKER).is_file() else None
+    newest = [found[-1] for found in map(checkpoint_folders, claimed(DEFAULT, COMMAND)) if found]
+    if not newest:
+        raise FileNotFoundError(
+            f"resume: there is no checkpoint in {DEFAULT} or its successors: set output_dir, or start without resume"
+        )
+    return max(newest, key=lambda checkpoint: (checkpoint / MANIFEST).stat().st_mtime_ns).parent
+
+
+def _check_own(folder: Path, goes_on: bool) -> None:
+    """Raise FolderError where a run that is to start again has checkpoints, or somebody's files lie where it writes."""
+    if not goes_on and checkpoint_folders(folder):
+        raise FolderError(
+            f"output_dir {str(folder)!r} holds checkpoints of an earlier run: set resume to go on with it, or give "
+            "another folder"
+        )
+    foreign = [
+        name for name in ("model", "best") if (folder / name).exists() and not (folder / name / MANIFEST).exists()
+    ]
+    readme = folder / README
+    if readme.exists() and LISTING["model"] not in readme.read_text(encoding="utf-8", errors="replace"):
+        foreign.append(README)
+    if foreign:
+        raise FolderError(
+            f"output_dir {str(folder)!r} holds {', '.join(foreign)}, which {COMMAND} did not write and would replace: "
+            "move that away"
+        )
+
+
 def describe_run(run: Run) -> None:
     """Write config.json and environment.json; a resumed run keeps them and notes what has changed in resumed.jsonl."""
     if not run.accelerator.is_main_process:
         return
     folder, config, here = run.output_dir, as_options(run.config), environment(run.accelerator)
-    if run.state is None:
-        (folder / RESUMED).unlink(missing_ok=True)  # of an earlier run in this folder
-    elif _read(folder / CONFIG) and _read(folder / ENVIRONMENT):
+    if run.state is not None and _read(folder / CONFIG) and _read(folder / ENVIRONMENT):
         note = {
             "step": run.state["step"],
             "date": here["date"],
@@ -76,8 +172,6 @@ def write_listing(run: Run, history: Sequence[dict[str, Any]]) -> None:
         return
     folder = run.output_dir
     found = {name: sorted(path.name for path in folder.glob(name)) for name in LISTING}
-    if not run.config.save_best:
-        found["best"] = []  # if it is there, of another run in this folder
     names = [(", ".join(paths), LISTING[name]) for name, paths in found.items() if paths]
     width = max(len(name) for name, _ in names)
     last = history[-1] if history else {}

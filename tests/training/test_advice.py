@@ -372,10 +372,3 @@ def test_where_rows_cannot_be_measured_they_are_listed_by_loss_and_of_many_rows_
     losses = [float(loss) for loss in re.findall(r"row \d+: loss ([\d.e+-]+)", broken)]
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 4
-
-
-def test_an_earlier_runs_advice_does_not_stay_in_the_folder(start: Make) -> None:
-    folder = start(max_steps=SPOILT_STEP).output_dir
-    assert (folder / "advice.jsonl").exists()
-    start(spoilt=False, max_steps=1)
-    assert not (folder / "advice.jsonl").exists()

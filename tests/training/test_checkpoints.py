@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from fastpref.folders import MARKER, FolderError
 from fastpref.training import checkpoints, durable, loop, train
 from fastpref.training.checkpoints import ResumeError
 from fastpref.training.durable import SaveError
@@ -38,7 +39,7 @@ def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def hidden(folder: Path) -> list[str]:
     """What was to be renamed or deleted."""
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    return [path.name for path in folder.glob(".*") if path.name != MARKER]
 
 
 @pytest.fixture
@@ -88,11 +89,14 @@ def test_a_checkpoint_in_another_folder_can_be_named(start: Make, tmp_path: Path
 def test_runs_are_not_mixed_up_in_a_folder(start: Make, tmp_path: Path) -> None:
     checkpoint = str(start().output_dir / "checkpoint-3")
     other = str(tmp_path / "other")
-    start(output_dir=other, learning_rate=1e-2, save_every=0)
     moved = start(output_dir=other, resume=checkpoint)
-    assert [record["step"] for record in steps(moved.history)] == [4, 5, 6]  # and not the other run's 1, 2, 3
-    with pytest.raises(ResumeError, match=r"holds checkpoints of another run than .*set resume without a path"):
+    assert [record["step"] for record in steps(moved.history)] == [4, 5, 6]
+    with pytest.raises(FolderError, match="holds checkpoints of an earlier run"):
         start(output_dir=other, resume=checkpoint)
+    third = str(tmp_path / "third")
+    start(output_dir=third, learning_rate=1e-2, save_every=0)
+    with pytest.raises(FolderError, match="holds an earlier run"):
+        start(output_dir=third, resume=checkpoint)
 
 
 def test_weights_of_several_dtypes_come_back_as_they_were(start: Make, make_model: Make) -> None:
@@ -287,10 +291,11 @@ def test_what_a_killed_run_left_is_cleared_away_or_put_back(start: Make, tmp_pat
 
 
 def test_hidden_files_of_others_stay_as_they_are(start: Make, tmp_path: Path) -> None:
-    mine = [tmp_path / name for name in (".bashrc.old", ".notes.new", ".cache.gone")]
+    run = start(max_steps=3).output_dir
+    mine = [run / name for name in (".bashrc.old", ".notes.new", ".cache.gone")]
     for path in mine:
         path.write_text("mine")
-    start(max_steps=1, output_dir=str(tmp_path))
+    start(max_steps=3, resume=True)
     assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
@@ -298,7 +303,7 @@ def test_a_second_run_in_the_folder_of_one_that_is_saving_leaves_that_alone(star
     run = start(max_steps=3).output_dir
     half = run / ".checkpoint-6.fastpref-new"
     half.mkdir()
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+    with pytest.raises(FolderError, match="holds checkpoints of an earlier run"):
         start(max_steps=6)
     assert half.is_dir()
 
@@ -478,7 +483,7 @@ def test_of_an_adapter_only_its_weights_are_saved_and_a_run_resumes_with_them(
 
 def test_a_folder_with_checkpoints_is_not_overwritten(start: Make) -> None:
     start(max_steps=3)
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run: set resume to go on with it"):
+    with pytest.raises(FolderError, match="holds checkpoints of an earlier run: set resume to go on with it"):
         start(max_steps=3)
 
 
@@ -513,13 +518,13 @@ def test_a_model_with_other_weights_than_the_checkpoints_is_refused(start: Make,
 def test_resuming_without_a_checkpoint_is_an_error(start: Make, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="resume: there is no checkpoint in"):
         start(resume=True)
-    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)  # without its state it is none
+    assert not (tmp_path / "run").exists()
+    model = start(max_steps=1).output_dir / "model"
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # without its state it is none
     with pytest.raises(FileNotFoundError, match="resume: there is no checkpoint in"):
         start(resume="latest")
     with pytest.raises(FileNotFoundError, match="is not a checkpoint folder"):
         start(resume=str(tmp_path / "run" / "checkpoint-3"))
-    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    model = start(max_steps=1).output_dir / "model"
     with pytest.raises(FileNotFoundError, match=r"model' is not a checkpoint folder \(it has no training_state.pt"):
         start(resume=str(model))
 
@@ -529,7 +534,7 @@ def test_an_output_folder_that_is_a_file_or_is_deleted_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     for dry_run in (False, True):
-        with pytest.raises(ValueError, match=r"output_dir must be a folder, or the name of a new one; .*is a file"):
+        with pytest.raises(FolderError, match=r"output_dir .*file' is a file: give a folder"):
             start(output_dir=str(tmp_path / "file"), dry_run=dry_run)
     run = tmp_path / "run"
     monkeypatch.setattr(loop, "draw", lambda *given: (shutil.rmtree(run), (run / "curves.png").write_bytes(b"")))

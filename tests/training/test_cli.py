@@ -73,7 +73,7 @@ BAD = {
     "not a config": (["run.txt"], "run.txt: the config file must end in .yaml, .yml, .json"),
     "missing reference": (["--reference_model=/none/such"], "reference_model: there is no folder '/none/such'"),
     "reference cache a file": ([f"--reference_cache={__file__}"], "reference_cache must be a folder, or the name of a"),
-    "output a file": ([f"--output_dir={__file__}"], "output_dir must be a folder, or the name of a new one; "),
+    "output a file": ([f"--output_dir={__file__}"], f"output_dir {__file__!r} is a file: give a folder"),
     "model without positions": (["--max_length=65"], "max_length=65 is beyond the model's 64 positions"),
 }
 

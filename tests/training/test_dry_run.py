@@ -152,6 +152,7 @@ def test_scored_positions_are_those_of_the_largest_micro_batch(
         run = prepare(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
         responses = [response for pair in run.pairs for response in (pair.chosen, pair.rejected)]
         assert plan_memory(run).micro_batch[2] == sum(len(ids) - start for ids, start in responses)
+        run.release()
 
 
 def test_a_forward_that_needs_numbers_leaves_the_activations_open(

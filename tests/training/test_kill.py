@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from fastpref.folders import MARKER
+
 KILLS = 20
 TIMED = ("tokens_per_second", "peak_memory")
 LIMITS = {"full-model": 30_000, "full-optimizer": 70_000}  # bytes of a file
@@ -227,7 +229,7 @@ class _Script:
     def full_disk(self, name: str) -> dict[str, Any]:
         """A run whose files may not grow beyond a size after its second checkpoint; then, without limit, its end."""
         self.wait(self.fork(name, lambda: self.limit_files(LIMITS[name])), name)
-        hidden = [path.name for path in (self.folder / name).iterdir() if path.name.startswith(".")]
+        hidden = [path.name for path in (self.folder / name).glob(".*") if path.name != MARKER]
         found = {"newest": self.newest(name), "hidden": hidden}
         self.wait(self.fork(name), name)
         return found

@@ -148,8 +148,8 @@ def test_the_model_has_its_own_attention_again_after_a_run_that_is_refused(
 ) -> None:
     train(make_config(max_steps=1, save_every=1), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
     model = make_model()
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
-        train(make_config(), model=model, tokenizer=tokenizer, train_dataset=rows)
+    with pytest.raises(ValueError, match="cannot be resumed with other settings"):
+        train(make_config(resume=True, beta=0.5), model=model, tokenizer=tokenizer, train_dataset=rows)
     assert model.config._attn_implementation == make_model().config._attn_implementation
 
 

@@ -25,6 +25,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastpref.folders import MARKER, FolderError
 from fastpref.training import TrainConfig, gradients, loop, train
 from fastpref.training.distributed import held_bytes
 
@@ -60,14 +61,20 @@ def work(folder: Path) -> None:
             eval_dataset=str(folder / "eval.jsonl"),
             batch_size=2,
             gradient_accumulation_steps=2,
-            output_dir=str(folder / name),
-            **options,
+            **{"output_dir": str(folder / name), **options},
         )
         result = train(config)
         facts = {"held": held_bytes(result.model), "advice": [line.text for line in result.advice]}
         (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
 
     run("ddp")
+    os.chdir(folder)
+    for name in ("first", "second"):
+        run(name, output_dir=None)
+    try:
+        run("refused", output_dir="tokenizer")
+    except FolderError as error:
+        (folder / f"refused-{os.environ['RANK']}.txt").write_text(str(error))
     os.environ.update(FSDP2)
     run("fsdp2")
     run("fsdp2-untied", model="untied")
@@ -184,6 +191,17 @@ def test_a_sharded_run_is_checkpointed_whole_and_resumes_to_the_same_bits(runs: 
     tail, again = [record for record in records(sharded) if record["step"] > 2], records(resumed)
     for first, second in zip(tail, again, strict=True):
         assert {k: v for k, v in first.items() if k not in TIMED} == {k: v for k, v in second.items() if k not in TIMED}
+
+
+@pytest.mark.slow
+def test_both_processes_of_a_run_have_the_same_new_folder_and_are_refused_alike(runs: Path) -> None:
+    assert sorted(path.name for path in (runs / "runs").iterdir()) == ["fastpref", "fastpref-2"]
+    for name in ("fastpref", "fastpref-2"):
+        assert records(runs / "runs" / name)[-1]["step"] == SHARED["max_steps"]
+    refused = [(runs / f"refused-{rank}.txt").read_text() for rank in range(2)]
+    assert refused[0] == refused[1]
+    assert refused[0].startswith("output_dir 'tokenizer' ")
+    assert not (runs / "tokenizer" / MARKER).exists()
 
 
 if __name__ == "__main__":

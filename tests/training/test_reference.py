@@ -67,7 +67,10 @@ def reference_of(make_run: Make) -> Make:
 
     def run(*args: Any, **options: Any) -> tuple[str | None, list[tuple[float | None, float | None]]]:
         made = make_run(*args, **options)
-        weights = add_reference(made)
+        try:
+            weights = add_reference(made)
+        finally:
+            made.release()
         return weights, logps_of([*made.pairs, *made.eval_pairs])
 
     return run
@@ -492,11 +495,11 @@ def test_loading_a_reference_model_draws_no_random_number(
 
 
 def test_a_reference_model_that_does_not_fit_is_refused_by_name(
-    make_run: Make, make_model: Make, make_tokenizer: Make, tmp_path: Path
+    reference_of: Make, make_model: Make, make_tokenizer: Make, tmp_path: Path
 ) -> None:
     def message(name: str) -> str:
         with pytest.raises((ValueError, OSError)) as raised:
-            add_reference(make_run(reference_model=str(tmp_path / name)))
+            reference_of(reference_model=str(tmp_path / name))
         return str(raised.value)
 
     make_model(vocab_size=100).save_pretrained(tmp_path / "small")
@@ -599,6 +602,7 @@ def test_a_list_gets_the_columns_that_training_used(
     run = make_run(data=data)
     add_reference(run)
     (run.output_dir / "checkpoint-4").mkdir()
+    run.release()
     seen.clear()
     found = with_reference(
         make_config(eval_fraction=0.5, max_steps=1), model=make_model(), tokenizer=tokenizer, train_dataset=data

@@ -156,12 +156,17 @@ def test_equal_responses_are_not_counted_as_won(make_config: Make, make_model: M
 
 
 def test_dropout_is_off_unless_asked_for(
-    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]
+    make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """GPT-2's config has dropout 0.1: with it the first loss is not ln 2."""
-    off = train(make_config(max_steps=1), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
-    on = train(
-        make_config(max_steps=1, disable_dropout=False), model=make_model(), tokenizer=tokenizer, train_dataset=rows
+    off, on = (
+        train(
+            make_config(max_steps=1, disable_dropout=disabled, output_dir=str(tmp_path / str(disabled))),
+            model=make_model(),
+            tokenizer=tokenizer,
+            train_dataset=rows,
+        )
+        for disabled in (True, False)
     )
     assert abs(off.history[0]["loss"] - math.log(2)) < 1e-5 < 1e-4 < abs(on.history[0]["loss"] - math.log(2))
 
