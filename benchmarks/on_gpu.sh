@@ -5,6 +5,8 @@
 #     benchmarks/on_gpu.sh OUT_DIR --training [--dry]
 #     benchmarks/on_gpu.sh OUT_DIR --study [--dry]
 #
+# OUT_DIR must be new, empty, or one that this script has filled before: then its results are replaced.
+#
 # --training measures whole training runs instead, in under 9 minutes of its own: tokens a second at 2k, 8k and 32k tokens
 # on a 0.6B-shaped model, beside TRL where it is installed, and the longest pair within 80 GiB.
 #
@@ -41,8 +43,6 @@ python=${PYTHON:-python3}
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-parts="$out/parts.txt"
-: >"$parts"
 failed=0
 
 # fastpref is three folders of the repository; a folder of links makes them one package, without pip.
@@ -60,6 +60,17 @@ export TRITON_CACHE_DIR="$scratch/triton"
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 unset TRITON_INTERPRET FASTPREF_BACKEND FASTPREF_VALIDATE
+
+"$python" -c '
+import pathlib, sys
+from fastpref.folders import FolderError, Owner, claim
+try:
+    claim(pathlib.Path(sys.argv[1]), Owner("benchmarks/on_gpu.sh", resume=True))
+except FolderError as error:
+    sys.exit(f"on_gpu.sh: error: {error}")
+' "$out" || exit 2
+parts="$out/parts.txt"
+: >"$parts"
 
 if [ -n "$dry" ]; then
     export CUDA_VISIBLE_DEVICES=
@@ -158,6 +169,7 @@ part report 20 "$python" -m fastpref.benchmarks.report --results "$out"
 # One page: what ran and on what, failed tests, and then the tables and pictures of report.py.
 page="$scratch/page.md"
 {
+    echo "<!-- written by on_gpu.sh and python -m fastpref.benchmarks.report -->"
     echo "# fastpref on $(uname -n), $(date -u '+%Y-%m-%d %H:%M UTC')${dry:+ (DRY RUN: its numbers mean nothing)}"
     echo
     echo '```'
@@ -182,5 +194,5 @@ page="$scratch/page.md"
 } >"$page" 2>/dev/null
 mv "$page" "$out/REPORT.md"
 echo
-sed -n '4,/^```$/p' "$out/REPORT.md"
+sed -n '5,/^```$/p' "$out/REPORT.md"
 exit "$failed"

@@ -1,6 +1,6 @@
 """The one way to claim a folder for what a command writes; nothing that the command did not write is replaced.
 
-A claimed folder holds a marker, `.fastpref.json`: the command, what makes two of its runs the same (their identity),
+A claimed folder holds a marker, `.fastpref`: the command, what makes two of its runs the same (their identity),
 whether the run has finished, and notes. The marker is locked while the claim is held, at most until the process ends.
 Every refusal is a FolderError of one line, and nothing has been changed then.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MARKER = ".fastpref.json"
+MARKER = ".fastpref"
 RUNS = "runs"  # the one parent that is made where it is missing: default folders lie in it
 LOCKED_BYTE = 1 << 30  # Windows locks bytes, and lets nobody read them: one beyond the marker's text
 SHOWN = 3  # names of files in a message
@@ -71,7 +71,7 @@ class Claim:
         os.fsync(self._file)
 
     def finish(self) -> None:
-        """From now on only `resume` may go on in the folder: the run has ended, or cannot start again over its files."""
+        """From now on only `resume` may go on in the folder: the run has ended."""
         self.note(finished=True)
 
     def release(self) -> None:
@@ -180,7 +180,7 @@ def _check_place(path: Path, option: str = "output_dir") -> None:
     start, place = f"{option} {str(path)!r}", path
     if not os.path.lexists(path):
         place = path.absolute().parent
-        if place == Path.cwd() / RUNS and not os.path.lexists(place):
+        if place.name == RUNS and place.parent.resolve() == Path.cwd() and not os.path.lexists(place):
             place = place.parent
         existing = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))
         if not existing.is_dir():

@@ -62,6 +62,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastpref.folders import FolderError, check_file
 from fastpref.kernels.compile_case import DTYPES, CompileCase
 
 from .machine_code import MachineCode, read_amdgcn, read_cubin
@@ -236,6 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [name for name in ("module", "kernel", "arch", "dtype") if vars(options)[name] != parser.get_default(name)]
     if options.markdown is not None and chosen:
         parser.error(f"--markdown writes the page of all kernels, got --{' --'.join(chosen)} as well: leave that out")
+    try:  # before minutes of compiling
+        if options.json is not None:
+            check_file(options.json, mark='"kernel": ', option="--json")
+        if options.markdown is not None:
+            check_file(options.markdown, mark="python -m fastpref.benchmarks.compile.report", option="--markdown")
+    except FolderError as error:
+        parser.error(str(error))
     jobs = list_jobs(options.module or find_modules(), archs=options.arch, dtypes=options.dtype, kernels=options.kernel)
     rows = compile_all(jobs, processes=max(1, options.jobs))
     print(format_table(rows))

@@ -180,8 +180,6 @@ def test_a_run_that_was_killed_goes_on_or_starts_again_and_nothing_else_may_have
     before = snapshot(run)
     assert main(["train", *options, "--max_steps=2"]) == 2
     assert "max_steps 100000 (asked for: 2)" in capsys.readouterr().err
-    assert main(["study", f"--output_dir={run}"]) == 2
-    assert main(["demo", f"--output_dir={run}"]) == 2
     assert main(["train", *options, "--resume"]) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert snapshot(run) == before
