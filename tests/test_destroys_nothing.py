@@ -1,0 +1,58 @@
+"""Every command leaves a folder of others byte for byte as it is, and says in one line why and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason='needs pip install "fastpref[train]"')
+pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
+pytest.importorskip("rich", reason='needs pip install "fastpref[bench]"')
+
+from fastpref.benchmarks.report.__main__ import main as report
+from fastpref.cli import main
+
+FILES = (
+    "README.md", "REPORT.md", "config.json", "metrics.jsonl", "results.json", "train.jsonl", "model/model.safetensors",
+    "base/config.json", "plots/trip/beach.png", "results-plots/linear.png", "tensorboard/events", ".hidden",
+)  # fmt: skip
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "--model=model", "--dataset=train.jsonl", "--output_dir"),
+    "train, dry run": ("train", "--dry_run", "--model=model", "--dataset=train.jsonl", "--output_dir"),
+    "train, resumed": ("train", "--resume", "--model=model", "--dataset=train.jsonl", "--output_dir"),
+    "demo": ("demo", "--quick", "--output_dir"),
+    "study": ("study", "--size=tiny", "--output_dir"),
+    "study's report": ("study", "--report"),
+    "bench": ("bench", "--device_class=tiny", "--output_dir"),
+    "bench, to overwrite": ("bench", "--device_class=tiny", "--overwrite", "--output_dir"),
+    "report": ("report", "--results"),
+}
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Names, bytes and times of all that is in a folder."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("place", [".", "model", "README.md", "missing/run", "link"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_did_not_write_stays_as_it_is(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"my own {name}")
+    (tmp_path / "model" / "results.json").write_text("mine too")  # what bench would write
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    name, *options = COMMANDS[command]
+    assert (report([*options, place]) if name == "report" else main([name, *options, place])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: " in line
+    assert snapshot(tmp_path) == before
