@@ -161,15 +161,15 @@ def test_a_dot_in_the_name_is_a_dot() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "at least one letter"),
-        ("   ", "at least one letter"),
-        ("!?", "at least one letter"),
-        ("x" * 61, "at most 60 characters, got 61"),
-        ("{place}", "must not contain any of { } < > [|]"),
-        (END, "must not contain any of { } < > [|]"),
-        ("Brightwater College", "occurs in the demo's own sentences"),
-        ("a local college", "occurs in the demo's own sentences"),
-        ("forestry", "occurs in the demo's own sentences"),
+        ("", "letter"),
+        ("   ", "letter"),
+        ("!?", "letter, got '!\\?'"),
+        ("x" * 61, "60 characters, got 61"),
+        ("{place}", r"\{ \} < > \|, got '\{place\}'"),
+        (END, r"\{ \} < > \|"),
+        ("Brightwater College", "'Brightwater College' occurs"),
+        ("a local college", "'a local college' occurs"),
+        ("forestry", "'forestry' occurs"),
     ],
 )
 def test_a_name_that_makes_no_honest_set_is_refused(name: str, message: str) -> None:
@@ -425,11 +425,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130_and_what_was_made_stays(tmp_path: 
         demo.send_signal(signal.SIGINT)
         _, said = demo.communicate(timeout=120)
     assert demo.returncode == 130
-    assert "SIGINT" in said
     assert said.count("\n") == 1, said
     before = files_of(tmp_path / "out")
     assert "train.jsonl" in before
-    assert cli.main(["--quick", "--output_dir", str(tmp_path / "out")]) == 2  # it would have to replace files
+    assert cli.main(["--quick", "--output_dir", str(tmp_path / "out")]) == 2  # it would replace files
     assert files_of(tmp_path / "out") == before
 
 
@@ -443,8 +442,10 @@ def test_a_signal_while_a_model_is_aligned_ends_the_demo(
         return dataclasses.replace(train(*arguments, **options), stopped="SIGTERM")
 
     monkeypatch.setattr(fastpref, "train", stopped)
-    monkeypatch.setattr(cli, "QUICK", TINY)
-    assert cli.main(["--quick", "--output_dir", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    monkeypatch.setattr(run, "QUICK", TINY)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--quick", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 128 + signal.SIGTERM
     assert not (tmp_path / "out" / "dpop").exists()
 
 
@@ -456,7 +457,7 @@ def test_without_a_folder_each_demo_gets_a_new_one(tmp_path: Path, monkeypatch: 
         (output_dir / "train.jsonl").write_text("")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "run_demo", made)
+    monkeypatch.setattr(run, "run_demo", made)
     assert [cli.main([]), cli.main([])] == [0, 0]
     assert [folder.name for folder in folders] == ["fastpref-demo", "fastpref-demo-2"]
 

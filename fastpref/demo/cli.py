@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
-from fastpref.folders import Claim, Owner, claim, claim_next
+from fastpref.folders import Owner, claim, claim_next
 from fastpref.options import Parser
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
@@ -43,44 +43,26 @@ def _parser() -> Parser:
     return parser
 
 
-def _claim(options: argparse.Namespace) -> Claim:
-    from fastpref.demo.run import OUTPUTS
-
-    owner = Owner("fastpref demo", {name: getattr(options, name) for name in ("university", "seed", "quick")})
-    if options.output_dir is None:
-        return claim_next(FOLDER, owner)
-    found = claim(Path(options.output_dir), owner)
-    if any((found.folder / name).exists() for name in OUTPUTS):
-        found.release()
-        raise FileExistsError(
-            f"output_dir {options.output_dir!r} holds a demo that was interrupted: give another folder"
-        )
-    return found
-
-
 def main(argv: list[str]) -> int:
-    """Run the demo; 0, 2 after one line on stderr where an option does not fit, 128 + a signal's number after it."""
+    """Run the demo; 0, or 2 after one line on stderr where an option does not fit."""
     try:
         options = _parser().parse_args(argv)
-        options.university = check_university(options.university)
-
-        # After the options, which need not wait for torch.
-        from fastpref.console import Console
+        from fastpref.console import Console  # after the options: what these import takes seconds
         from fastpref.demo.run import FULL, QUICK, run_demo
-        from fastpref.training.stopping import Stopped, exit_code
 
-        claimed = _claim(options)
+        university = check_university(options.university)
+        owner = Owner("fastpref demo")
+        claimed = claim_next(FOLDER, owner) if options.output_dir is None else claim(Path(options.output_dir), owner)
     except (ValueError, OSError) as error:
         print(f"fastpref demo: error: {error}", file=sys.stderr)
         return 2
-    scale, folder = QUICK if options.quick else FULL, claimed.folder
-    console = Console(out=sys.stdout)
-    try:
-        with claimed:
-            run_demo(scale, university=options.university, seed=options.seed, output_dir=folder, console=console)
-            claimed.finish()
-    except (KeyboardInterrupt, Stopped) as stop:
-        name = stop.name if isinstance(stop, Stopped) else "SIGINT"
-        print(f"fastpref demo: stopped by {name}; what was made is in {folder}", file=sys.stderr)
-        return exit_code(name)
+    with claimed:
+        claimed.finish()  # from here on it writes, and never a second time
+        run_demo(
+            QUICK if options.quick else FULL,
+            university=university,
+            seed=options.seed,
+            output_dir=claimed.folder,
+            console=Console(out=sys.stdout),
+        )
     return 0

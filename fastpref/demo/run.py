@@ -32,7 +32,7 @@ from fastpref.demo.plot import plot_rewards
 from fastpref.demo.report import ends, judge, print_report
 from fastpref.environment import record
 from fastpref.training.checkpoints import save_final_model
-from fastpref.training.stopping import Stopped
+from fastpref.training.stopping import exit_code
 
 OUTPUTS = ("train.jsonl", "heldout.jsonl", "base", "dpo", "dpop", "rewards.png", "report.json")
 LOSSES = ("dpo", "dpop")
@@ -107,7 +107,7 @@ def run_demo(scale: Scale, *, university: str, seed: int, output_dir: Path, cons
     """Run every stage, write `OUTPUTS` into `output_dir`, print the report and return it.
 
     Raises:
-        Stopped: a signal ended one of the training runs.
+        SystemExit: a signal has ended a training run; with 128 and its number.
     """
     started = time.perf_counter()
     stages = Stages(console)
@@ -210,7 +210,7 @@ def _align(
         eval_dataset=data.heldout,
     )
     if result.stopped is not None:
-        raise Stopped(result.stopped)
+        raise SystemExit(exit_code(result.stopped))  # the loop has said what came
     return result.model, result.history
 
 
