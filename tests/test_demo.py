@@ -432,9 +432,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130_and_what_was_made_stays(tmp_path: 
     assert files_of(tmp_path / "out") == before
 
 
-def test_a_signal_while_a_model_is_aligned_ends_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_while_a_model_is_aligned_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop returns early then, with the name of the signal."""
     train = fastpref.train
 
