@@ -54,7 +54,7 @@ def token_logps(
     """log_softmax, gather, mask; see `fastpref.token_logps` for the arguments."""
     scored = scored_positions(labels, mask=mask, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     z = _label_logits(logits.to(dtype), scored, shift, temperature, logit_scale, softcap)
-    index = torch.where(scored, labels, 0).long().unsqueeze(-1)
+    index = torch.where(scored, labels.long(), 0).unsqueeze(-1)
     logps = z.log_softmax(-1).gather(-1, index).squeeze(-1)
     return torch.where(scored, logps, 0.0)
 
@@ -75,7 +75,7 @@ def token_extras(
     """Entropy, mean, argmax match and Σ p² of the distribution that each label is scored under."""
     scored = scored_positions(labels, mask=mask, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     z = _label_logits(logits.to(dtype), scored, shift, temperature, logit_scale, softcap)
-    index = torch.where(scored, labels, 0).long().unsqueeze(-1)
+    index = torch.where(scored, labels.long(), 0).unsqueeze(-1)
     log_p = z.log_softmax(-1)
     # An impossible entry (log p = −inf) adds nothing to the entropy, and 0·(−inf) would make NaN of it.
     finite = torch.where(log_p == -torch.inf, 0.0, log_p)

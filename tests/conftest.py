@@ -6,12 +6,16 @@ Triton reads `TRITON_INTERPRET` when a kernel is defined, so it has to be set be
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "ATEN_CPU_CAPABILITY" in os.environ:  # Inductor's cache does not tell levels apart, and runs what crashes there
+    level = os.environ["ATEN_CPU_CAPABILITY"]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{level}")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
