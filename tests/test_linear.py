@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from acceptance import Triple, no_worse_than_eager
+from helpers import slow_interpreted
 from torch import Tensor
 
 import fastpref
 from fastpref import reference
 
+pytestmark = pytest.mark.numeric
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [  # V, H
     (507, 17, torch.float32),
@@ -120,12 +122,14 @@ def test_any_batch_and_length(batch: int, length: int, shift: bool, reduction: s
     ],
     ids=str,
 )
+@slow_interpreted
 def test_transforms(transform: dict[str, float], dtype: torch.dtype, backend: str, device: str) -> None:
     draws = 16 if backend == "torch" else 6
     compare("sequence_logps", (3, 5, 17, 507), dtype, device, draws=draws, **transform)
 
 
 @pytest.mark.parametrize("shift", [True, False])
+@slow_interpreted
 def test_every_token_has_an_upstream_gradient_of_its_own(shift: bool, backend: str, device: str) -> None:
     """Of either sign, zero included; positions that are not scored receive one too, which nobody reads."""
     draws = 16 if backend == "torch" else 4

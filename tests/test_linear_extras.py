@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from acceptance import Triple, no_worse_than_eager
+from helpers import slow_interpreted
 from torch import Tensor
 
 import fastpref
@@ -22,6 +23,7 @@ from fastpref.linear import tokens
 from fastpref.linear.tokens import LinearTokenLogps, Request
 from fastpref.tiled import Transform
 
+pytestmark = pytest.mark.numeric
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORM: dict[str, Any] = {"temperature": 1.3, "logit_scale": 2.0, "softcap": 5.0}
 
@@ -64,6 +66,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> planning.Machine:
 
 @pytest.mark.parametrize("options", [{}, TRANSFORM, {"shift": False}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@slow_interpreted
 def test_extras_are_as_accurate_as_eager(
     dtype: torch.dtype, options: dict[str, Any], backend: str, device: str, small_tiles: Any
 ) -> None:

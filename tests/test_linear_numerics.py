@@ -24,6 +24,7 @@ from fastpref.linear import tokens
 from fastpref.linear.tokens import LinearTokenLogps, Request
 from fastpref.tiled import Transform
 
+pytestmark = pytest.mark.numeric
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = ["frozen", "keep", "mixed", "recompute", "two-pass"]
 ALIGNED: dict[str, Any] = {"shift": False}

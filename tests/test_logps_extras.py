@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from acceptance import no_worse_than_eager
+from helpers import slow_interpreted
 
 import fastpref
 from fastpref import ops, reference
 from fastpref.extras import EXTRAS
 
 B, T = 3, 6
+pytestmark = pytest.mark.numeric
 OPTIONS = {
     "plain": {},
     "temperature and scale": {"temperature": 0.7, "logit_scale": 1.3},
@@ -53,6 +55,7 @@ def assert_close_to_truth(found, logits, labels, *, factor=2.0, **options):
         (5003, torch.bfloat16, "aligned"),
     ],
 )
+@slow_interpreted
 def test_extras_are_the_truth_and_logps_the_same_bits(vocab, dtype, options, backend, device):
     options = OPTIONS[options]
     logits, labels = make(vocab, dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from acceptance import no_worse_than_eager
 import fastpref
 from fastpref import reference
 
+pytestmark = pytest.mark.numeric
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -27,6 +27,7 @@ from fastpref.losses import (
     preference_loss,
 )
 
+pytestmark = pytest.mark.numeric
 getcontext().prec = 60
 EPS = torch.finfo(torch.float32).eps
 

@@ -219,6 +219,7 @@ def test_the_formula_that_those_errors_name_has_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(formula, [t.requires_grad_() for t in logps[:2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FUSED, "discopop", "orpo", "aot", "kl_sft"])
 def test_torch_compile_takes_preference_loss_in_one_graph(name: str, backend: str, device: str) -> None:
     """Fused ones are the same op: bitwise equal. The others are traced as they stand."""
@@ -265,6 +266,7 @@ def test_double_backward_of_the_custom_op_says_that_there_is_none() -> None:
         torch.autograd.grad(grad.sum(), chosen)
 
 
+@pytest.mark.slow
 def test_every_loss_runs_where_triton_is_missing() -> None:
     code = """
 import sys

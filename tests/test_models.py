@@ -21,6 +21,7 @@ from fastpref import reference
 from fastpref.linear import linear_sequence_logps
 from fastpref.models import model_logps
 
+pytestmark = pytest.mark.numeric
 V = 99
 SHAPE: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref import model_logps
 from fastpref.models import ScoredTokens, Segment, pack_pairs, segments, set_attention, shared_length, why_not_packed
 
+pytestmark = pytest.mark.numeric
 VOCAB = 97
 SMALL = {
     "num_hidden_layers": 2,
@@ -304,6 +305,7 @@ def test_attention_by_segments_is_attention_under_their_mask(chunk: int, monkeyp
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow  # FlexAttention is compiled
 def test_flex_attention_sees_what_sdpa_sees() -> None:
     """Without gradients: FlexAttention has no backward on a CPU."""
     model = build("qwen3", **SMALL)

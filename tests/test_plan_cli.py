@@ -132,6 +132,7 @@ def measured() -> list[int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("place", range(len(MEASURED)), ids=["-".join(map(str, case)) for case in MEASURED])
 def test_a_measured_peak_is_within_15_percent_of_its_bounds(
     place: int, measured: list[int], monkeypatch: pytest.MonkeyPatch

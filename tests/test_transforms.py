@@ -59,7 +59,7 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 # torch.compile
 
 
-@pytest.mark.parametrize("path", ["logits", "linear"])
+@pytest.mark.parametrize("path", [pytest.param("logits", marks=pytest.mark.slow), "linear"])
 def test_a_step_with_its_extras_and_entropy_bonus_is_one_graph(path: str, device: str) -> None:
     """Log-probs, extras, loss and bonus compiled with fullgraph=True: the values and gradients of eager."""
     torch.compiler.reset()
@@ -82,6 +82,7 @@ def test_a_step_with_its_extras_and_entropy_bonus_is_one_graph(path: str, device
         torch.testing.assert_close(compiled, eager, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_model_logps_in_compiled_code_runs_outside_of_the_graph_and_a_full_graph_says_why() -> None:
     torch.compiler.reset()
     model, (_, _, labels, ref) = tiny_model(), make()

@@ -200,7 +200,7 @@ def work(folder: Path) -> None:
 # The tests
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, launch: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return launch(__file__, request.param, tmp_path_factory.mktemp(f"vocab-{request.param}"))
 

@@ -170,7 +170,7 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, launch: Callable[..., Any], tmp_path_factory: Any) -> list[dict[str, Any]]:
     return launch(__file__, request.param, tmp_path_factory.mktemp(f"vocab-{request.param}"))
 
