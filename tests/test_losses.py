@@ -327,9 +327,9 @@ def test_coefficients_are_the_gradients_of_preference_loss(name: str, options: d
 
 
 def assert_equal_to_rounding(found: list[Tensor], wanted: list[Tensor]) -> None:
-    """Four roundings of a value, or of the largest where terms cancel."""
+    """Four roundings: of a value, or where terms cancel of the largest, or of the terms (β·σ′ ≤ 0.1/4)."""
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=4 * EPS, atol=4 * EPS * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=4 * EPS, atol=4 * EPS * max(0.025, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("size", [64, 31])
