@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import slow_interpreted
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -60,6 +61,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
+@slow_interpreted
 def test_compiled_without_graph_breaks_is_eager(name: str, backend: str, device: str) -> None:
     torch.compiler.reset()
     options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in COMPILED[name].items()}
@@ -100,6 +102,7 @@ def test_a_frozen_head_in_a_graph_gets_no_gradient(device: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["dpop", "aot", "own"])
+@pytest.mark.slow
 def test_the_loss_compiles_too(loss: str, device: str) -> None:
     """Under torch.compile its `losses` have a gradient as well; what it returns is the same."""
     torch.compiler.reset()
@@ -131,6 +134,7 @@ def test_a_second_derivative_of_the_operator_raises(device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["forward", "frozen", "options", "extras", "backward", "backward of hidden"])
+@slow_interpreted
 def test_operators_pass_opcheck(name: str, backend: str, device: str) -> None:
     (hidden, weight, bias), labels = make(device=device, length=3)
     mask = labels > 2

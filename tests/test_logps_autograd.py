@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import slow_interpreted
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
@@ -160,6 +161,7 @@ def test_each_sequence_has_its_own_upstream_gradient(upstream, backend, device):
     assert (grad[weights == 0] == 0).all()
 
 
+@slow_interpreted
 def test_upstream_gradients_of_any_strides_do_as_their_contiguous_copies(backend, device):
     logits, labels = make(device=device)
     weights = torch.linspace(-2, 3, B * T, device=device).view(B, T)
@@ -220,6 +222,7 @@ def strided(kind, logits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", ["sliced", "transposed", "padded vocabulary", "every second row"])
+@slow_interpreted
 def test_strides_change_nothing(kind, inplace, dtype, backend, device):
     logits, labels = make(dtype, device)
     upstream = torch.tensor([2.0, -0.7], device=device)
@@ -294,6 +297,7 @@ def test_gradcheck_of_the_reduction_in_float64(packed, mean, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["forward", "softcap", "backward", "backward_", "reduce", "reduce packed"])
+@slow_interpreted
 def test_operators_pass_opcheck(name, backend, device):
     logits, labels = make(device=device, vocab=7)
     mask, offsets = labels > 2, OFFSETS.to(device)
@@ -329,6 +333,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
+@slow_interpreted
 def test_compiled_without_graph_breaks_is_bitwise_eager(name, backend, device):
     torch.compiler.reset()
     logits, labels = make(device=device)
@@ -393,6 +398,7 @@ def test_autocast_changes_nothing(backend, device):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@slow_interpreted
 def test_checkpointing_changes_nothing(reentrant, backend, device):
     logits, labels = make(device=device)
 
@@ -432,6 +438,7 @@ def test_a_label_out_of_range_on_a_cpu_raises_with_its_place(backend):
     assert torch.isfinite(fastpref.sequence_logps(logits, labels, mask=mask)).all()
 
 
+@pytest.mark.slow
 def test_one_dynamic_graph_serves_every_length_and_temperature():
     compiled = torch.compile(
         lambda x, y, t: fastpref.sequence_logps(x, y, temperature=t), fullgraph=True, dynamic=True, backend="aot_eager"

@@ -225,14 +225,6 @@ def test_bad_input_raises(case, function):
     assert caught.type is exception
 
 
-@pytest.mark.parametrize("case", [case for case in SHARED if case.startswith("label is")])
-def test_a_label_outside_the_vocabulary_raises_on_both_paths(case, backend):
-    """Each path looks at the labels itself; all else is checked before the choice of a path."""
-    arguments, exception, message = SHARED[case]
-    with pytest.raises(exception, match=re.escape(message)):
-        call(fastpref.token_logps, arguments)
-
-
 @pytest.mark.parametrize("case", SEQUENCE)
 def test_bad_input_of_sequence_logps_raises(case):
     arguments, exception, message = SEQUENCE[case]
