@@ -29,8 +29,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    for name, page in AT_THE_TOP.items():
-        markdown = markdown.replace(f"](../{name})", f"]({page})")
     markdown = markdown.replace("<!-- options -->", table_of_options())
     return markdown.replace("](../benchmarks/", "](measured/")
 
