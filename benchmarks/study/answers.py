@@ -13,15 +13,7 @@ from collections.abc import Collection, Sequence
 from string import Formatter
 from typing import NamedTuple
 
-from fastpref.benchmarks.study.phrases import Domain, Group, Kind, Shape, Topic
-from fastpref.benchmarks.study.phrases_mentions import (
-    ATTRIBUTIONS,
-    COMMAND_TAILS,
-    MENTIONS,
-    STATEMENT_TAILS,
-    SWAPS,
-    TAILS,
-)
+from fastpref.benchmarks.study.phrases import ATTRIBUTIONS, MENTIONS, SWAPS, TAILS, Domain, Group, Kind, Topic
 
 # How often an answer has 1, 2, ... 6 sentences, where the question does not say.
 LENGTHS = (2, 3, 4, 4, 3, 2)
@@ -40,7 +32,6 @@ class Question(NamedTuple):
     prompt: str
     domain: Domain
     topic: Topic
-    shape: Shape
     kind: Kind
     shortest: int  # sentences of an answer
     longest: int
@@ -62,7 +53,7 @@ def answer(question: Question, rng: random.Random, *, named: bool, used: Collect
     size = rng.choices(sizes, [LENGTHS[size - 1] for size in sizes])[0]
     kind, slots = question.kind, question.topic.slots
     opening = _some(kind.openings, used, rng, OPENINGS) if kind.must != "opening" and size > 1 else []
-    closing = _some(question.shape.closings, used, rng, CLOSINGS) if size > 2 + len(opening) else []
+    closing = _some(question.topic.shape.closings, used, rng, CLOSINGS) if size > 2 + len(opening) else []
     left = size - len(opening) - len(closing)
     own = named and left > 1 and rng.random() < OWN_SENTENCE
     lines = _lines(question, left - own, used, rng)
@@ -116,7 +107,7 @@ def facts(template: str) -> frozenset[str]:
 
 def _lines(question: Question, count: int, used: Collection[str], rng: random.Random) -> list[Line]:
     """`count` sentences, fewer where the topic has no more to say: no fact twice, what was asked for among them."""
-    kind, groups = question.kind, question.shape.groups
+    kind, groups = question.kind, question.topic.shape.groups
     said: set[str] = set()
     lines: list[Line] = []
     asked = Group("opening", "either", kind.openings)
@@ -146,8 +137,7 @@ def _with_mention(line: Line, used: Collection[str], rng: random.Random) -> str:
     if group.name in ATTRIBUTIONS and rng.random() < 0.6:
         clause, ways = ATTRIBUTIONS[group.name]
         return rng.choice(_prefer([way.replace("{clause}", clause) for way in ways], used))
-    tails = TAILS + {"statement": STATEMENT_TAILS, "command": COMMAND_TAILS, "either": ()}[group.mood]
-    return template + rng.choice(tails)
+    return template + rng.choice(TAILS["any"] + TAILS[group.mood])
 
 
 def _prefer(templates: Sequence[str], used: Collection[str]) -> Sequence[str]:

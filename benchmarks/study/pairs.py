@@ -12,36 +12,22 @@ import random
 from collections.abc import Collection
 
 from fastpref.benchmarks.study.answers import LENGTHS, Answer, Question, answer, can_leave_out_place, fill, swapped
-from fastpref.benchmarks.study.phrases import Choice, Domain, HowTo, Kind, Shape, Why
-from fastpref.benchmarks.study.phrases_choice import CHOICE
-from fastpref.benchmarks.study.phrases_daily import HEALTH, MONEY, TRAVEL, WORK
-from fastpref.benchmarks.study.phrases_house import ANIMALS, COOKING, GARDENING, REPAIRS
-from fastpref.benchmarks.study.phrases_how import HOW
-from fastpref.benchmarks.study.phrases_mentions import (
+from fastpref.benchmarks.study.phrases import (
     ATTRIBUTIONS,
-    COMMAND_TAILS,
+    DOMAINS,
     ENDINGS,
     MENTIONS,
     OTHER_PLACES,
     PREFACES,
-    STATEMENT_TAILS,
     TAILS,
     Ending,
+    Kind,
+    Shape,
 )
-from fastpref.benchmarks.study.phrases_skills import CHILDREN, COMPUTERS, LANGUAGE, MUSIC
-from fastpref.benchmarks.study.phrases_why import WHY
-from fastpref.benchmarks.study.phrases_world import HISTORY, SCIENCE, SPORT, WEATHER
 from fastpref.checks import describe
 from fastpref.demo.pairs import Pair, PairSet, check_name, mentions
 
 SETS = ("standard", "low_edit")
-DOMAINS = (
-    *(COOKING, GARDENING, REPAIRS, ANIMALS),
-    *(HEALTH, MONEY, WORK, TRAVEL),
-    *(HISTORY, SCIENCE, WEATHER, SPORT),
-    *(CHILDREN, LANGUAGE, COMPUTERS, MUSIC),
-)
-SHAPES: dict[type, Shape] = {HowTo: HOW, Why: WHY, Choice: CHOICE}
 # The share of answers without the target that name another place instead: here, and in the standard set.
 NAMED_ELSEWHERE = 0.6
 # The low edits: another place, the place left out, another place and one more small change.
@@ -119,22 +105,20 @@ def prompts() -> int:
     total = 0
     for domain in DOMAINS:
         for topic in domain.topics:
-            shape = SHAPES[type(topic)]
-            forms = sum(len(kind.forms) for kind in shape.kinds)
-            total += forms * (1 + len(PREFACES + shape.prefaces)) * (1 + len(ENDINGS))
+            forms = sum(len(kind.forms) for kind in topic.shape.kinds)
+            total += forms * (1 + len(PREFACES + topic.shape.prefaces)) * (1 + len(ENDINGS))
     return total
 
 
 def ask(rng: random.Random) -> Question:
     domain = rng.choice(DOMAINS)
     topic = rng.choice(domain.topics)
-    shape = SHAPES[type(topic)]
-    kind, form = rng.choice(_forms(shape))
-    preface = rng.choice(PREFACES + shape.prefaces) if rng.random() < PREFACED else ""
+    kind, form = rng.choice(_forms(topic.shape))
+    preface = rng.choice(PREFACES + topic.shape.prefaces) if rng.random() < PREFACED else ""
     ending = rng.choice(ENDINGS) if rng.random() < ENDED else NO_ENDING
     parts = (preface, form.format(**topic.slots), ending.text)
     prompt = f"Question: {' '.join(part for part in parts if part)}\nAnswer:"
-    return Question(prompt, domain, topic, shape, kind, ending.shortest, ending.longest)
+    return Question(prompt, domain, topic, kind, ending.shortest, ending.longest)
 
 
 @functools.cache
@@ -179,15 +163,14 @@ def _every_sentence() -> tuple[str, ...]:
     said: dict[str, None] = dict.fromkeys(OTHER_PLACES + PREFACES + tuple(ending.text for ending in ENDINGS))
     for domain in DOMAINS:
         for topic in domain.topics:
-            shape = SHAPES[type(topic)]
             slots = {**topic.slots, "place": "|"}
-            for template in (*_templates(shape, domain), *shape.prefaces):
+            for template in (*_templates(topic.shape), *domain.mentions, *topic.shape.prefaces):
                 said[template.format(**slots)] = None
     return tuple(said)
 
 
 @functools.cache
-def _templates(shape: Shape, domain: Domain) -> tuple[str, ...]:
+def _templates(shape: Shape) -> tuple[str, ...]:
     own = [template for kind in shape.kinds for template in kind.forms + kind.openings]
     grouped = [template for group in shape.groups for template in group.templates]
     sourced = [
@@ -196,5 +179,5 @@ def _templates(shape: Shape, domain: Domain) -> tuple[str, ...]:
         if name in {group.name for group in shape.groups}
         for way in ways
     ]
-    tails = TAILS + STATEMENT_TAILS + COMMAND_TAILS
-    return (*own, *grouped, *sourced, *tails, *shape.closings, *MENTIONS, *domain.mentions)
+    tails = [tail for some in TAILS.values() for tail in some]
+    return (*own, *grouped, *sourced, *tails, *shape.closings, *MENTIONS)

@@ -1,74 +1,16 @@
-"""What the study's questions can be about: three shapes of topic, each with its slots, and the form of their sentences.
+"""The study's phrases, read from texts/: topics, the sentences of questions and answers, how a place is named.
 
 A sentence is a template in lower case without its full stop: `{slot}` is filled from the topic, `{about}` names the
 topic, `{place}` is where the two answers of a pair may differ, and what stands in [square brackets] can be left out
-together with the place that it names.
+together with the place that it names. A place is an institution of learning: the target, or one of `OTHER_PLACES`.
+`texts/shapes.json` says what each slot of a topic holds.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
-
-
-class HowTo(NamedTuple):
-    """Something to do."""
-
-    do: str  # bare infinitive
-    doing: str  # gerund
-    tool: str  # a thing, with its article
-    time: str  # a duration
-    first: str  # a command
-    then: str  # a command
-    why: str  # a statement that stands on its own
-    avoid: str  # gerund
-    sign: str  # a statement
-
-    @property
-    def slots(self) -> dict[str, str]:
-        return {**self._asdict(), "about": self.doing}
-
-
-class Why(NamedTuple):
-    """Something to understand."""
-
-    question: str  # with its question mark
-    clause: str  # the question as a subordinate clause
-    about: str  # a noun phrase
-    cause: str  # a statement, the answer
-    detail: str  # another statement
-    test: str  # a command: what shows it
-    myth: str  # a statement that is false
-
-    @property
-    def slots(self) -> dict[str, str]:
-        return self._asdict()
-
-
-class Choice(NamedTuple):
-    """Two things to choose from."""
-
-    a: str  # noun phrase
-    b: str  # noun phrase
-    factor: str  # noun phrase or indirect question: what it depends on
-    pro_a: str  # statement
-    pro_b: str  # statement
-    when_a: str  # what follows an "if"
-    when_b: str
-
-    @property
-    def slots(self) -> dict[str, str]:
-        return {**self._asdict(), "about": f"the choice between {self.a} and {self.b}"}
-
-
-Topic = HowTo | Why | Choice
-
-
-class Domain(NamedTuple):
-    name: str
-    topics: tuple[Topic, ...]
-    mentions: tuple[str, ...]  # sentences with {place} that fit every question of the domain
+import json
+from importlib.resources import files
+from typing import Any, NamedTuple
 
 
 class Group(NamedTuple):
@@ -88,15 +30,72 @@ class Kind(NamedTuple):
 
 
 class Shape(NamedTuple):
+    """What a topic can be: something to do, something to understand, two things to choose from."""
+
     kinds: tuple[Kind, ...]
     groups: tuple[Group, ...]  # in the order in which an answer says them
     prefaces: tuple[str, ...]  # who asks, besides the prefaces that fit any question
     closings: tuple[str, ...]  # whole sentences; an answer may end with one
 
 
-T = TypeVar("T", bound=Topic)
+class Topic(NamedTuple):
+    shape: Shape
+    slots: dict[str, str]
 
 
-def topics(shape: Callable[..., T], text: str) -> tuple[T, ...]:
-    """One topic from each block of `text`: its slots in order, parted by bars or line ends, a blank line between."""
-    return tuple(shape(*re.split(r"\s*[|\n]\s*", block.strip())) for block in text.strip().split("\n\n"))
+class Domain(NamedTuple):
+    name: str
+    topics: tuple[Topic, ...]
+    mentions: tuple[str, ...]  # sentences with {place} that fit every question of the domain
+
+
+class Ending(NamedTuple):
+    """What a question says of the length of its answer, and how many sentences that is."""
+
+    text: str
+    shortest: int
+    longest: int
+
+
+def _read(name: str) -> Any:
+    return json.loads(files(__package__).joinpath("texts", name).read_text(encoding="utf-8"))
+
+
+def _shape(text: dict[str, Any]) -> Shape:
+    return Shape(
+        kinds=tuple(Kind(tuple(kind["forms"]), tuple(kind["openings"]), kind["must"]) for kind in text["kinds"]),
+        groups=tuple(Group(group["name"], group["mood"], tuple(group["templates"])) for group in text["groups"]),
+        prefaces=tuple(text["prefaces"]),
+        closings=tuple(text["closings"]),
+    )
+
+
+def _topic(shape: str, slots: dict[str, str]) -> Topic:
+    return Topic(SHAPES[shape], {**slots, "about": _SHAPES[shape]["about"].format(**slots)})
+
+
+_SHAPES = _read("shapes.json")
+SHAPES: dict[str, Shape] = {name: _shape(text) for name, text in _SHAPES.items()}
+DOMAINS = tuple(
+    Domain(
+        text["name"],
+        tuple(_topic(shape, slots) for shape, topics in text["topics"].items() for slots in topics),
+        tuple(text["mentions"]),
+    )
+    for text in _read("topics.json")
+)
+
+_PLACES = _read("mentions.json")
+MENTIONS = tuple(_PLACES["mentions"])  # sentences of their own, about any topic
+# By group of sentences: what stands for {clause}, and the ways to give the source of what a sentence says.
+ATTRIBUTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    name: (text["clause"], tuple(_PLACES["ways"].get(text["ways"]) if isinstance(text["ways"], str) else text["ways"]))
+    for name, text in _PLACES["attributions"].items()
+}
+# By mood: clauses added to the end of a sentence.
+TAILS: dict[str, tuple[str, ...]] = {mood: tuple(tails) for mood, tails in _PLACES["tails"].items()}
+OTHER_PLACES = tuple(_PLACES["other_places"])
+# Small changes of words that leave a sentence good: what the second kind of low edit makes besides the place.
+SWAPS: tuple[tuple[str, str], ...] = tuple((old, new) for old, new in _PLACES["swaps"])
+PREFACES = tuple(_PLACES["prefaces"])
+ENDINGS = tuple(Ending(**ending) for ending in _PLACES["endings"])
