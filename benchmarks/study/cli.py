@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import UndefinedError
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
@@ -194,8 +195,8 @@ def _report(folder: Path, console: Console) -> int:
         raise UsageError(f"{path} has format {there!r}, and this version reads {FORMAT}: {anew}")
     try:
         page = write_report(results, folder)
-    except KeyError as error:
-        raise UsageError(f"{path} has no {error}: {anew}") from error
-    print_summary(console, results)
+    except (KeyError, UndefinedError) as error:
+        raise UsageError(f"{path} lacks a part of the page ({error}): {anew}") from error
+    print_summary(results)
     console.print(f"the report is {page}", highlight=False)
     return 0

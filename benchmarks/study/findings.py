@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastpref.benchmarks.study.measures import Interval
 from fastpref.benchmarks.study.reading import BASE, TITLES, Study
-from fastpref.benchmarks.study.words import number, percent, with_interval
+from fastpref.benchmarks.study.words import MISSING, with_interval
 
 REPRODUCED = "REPRODUCED"
 NOT_REPRODUCED = "NOT REPRODUCED"
@@ -24,16 +24,10 @@ WIDEST = 0.30
 PROXY = "the proxy judge"
 TRAINERS = ("trl", "trl_matched")
 
-
-@dataclass(frozen=True)
-class Rule:
-    """How an interval becomes a verdict; `text` is what the page says of it."""
-
-    text: str
-    decide: Callable[[Interval], str]
+Rule = Callable[[Interval], str]  # how an interval becomes a verdict
 
 
-def below(limit: float) -> Callable[[Interval], str]:
+def below(limit: float) -> Rule:
     """Reproduced where the whole interval is below the limit, not reproduced where the whole of it is not."""
 
     def decide(interval: Interval) -> str:
@@ -44,7 +38,7 @@ def below(limit: float) -> Callable[[Interval], str]:
     return decide
 
 
-def above(limit: float) -> Callable[[Interval], str]:
+def above(limit: float) -> Rule:
     def decide(interval: Interval) -> str:
         if interval.low > limit:
             return REPRODUCED
@@ -53,7 +47,7 @@ def above(limit: float) -> Callable[[Interval], str]:
     return decide
 
 
-def holds(share: float) -> Callable[[Interval], str]:
+def holds(share: float) -> Rule:
     """Reproduced where the interval holds a share that rounds to the reported one, unless it holds almost any."""
 
     def decide(interval: Interval) -> str:
@@ -67,137 +61,87 @@ def holds(share: float) -> Callable[[Interval], str]:
 
 def both(first: str, second: str) -> str:
     """The verdict on two conditions that must both hold."""
-    verdicts = {first, second}
-    for verdict in (NOT_REPRODUCED, UNDECIDED):
-        if verdict in verdicts:
-            return verdict
-    return REPRODUCED
+    return next((one for one in (NOT_REPRODUCED, UNDECIDED) if one in (first, second)), REPRODUCED)
 
 
-BELOW_ZERO = Rule(
-    "a sign: reproduced if the whole interval lies on the reported side of zero, not reproduced if all of it lies "
-    "on the other side or at zero, else undecided",
-    below(0.0),
-)
-ABOVE_ZERO = Rule(BELOW_ZERO.text, above(0.0))
-NEAR_ZERO_WINS = Rule(
-    f"near 0%: reproduced if the interval ends below {percent(NEAR_ZERO)}, not reproduced if it begins there or above, "
-    "else undecided",
-    below(NEAR_ZERO),
-)
-NUMBER = (
-    "a percentage: reproduced if the interval holds a value that rounds to it, else not reproduced; undecided where it "
-    f"holds it and is wider than {100 * WIDEST:.0f} points, since such an interval holds nearly anything"
-)
-REPETITION = (
-    "repetition: reproduced if, paired with the base's answers to the same prompts, the mean longest repeated span is "
-    "longer by more words than the target's name has, which is no fault to say twice, and distinct-2 is lower, each "
-    "with its whole interval; not reproduced if the whole interval of either says the contrary, else undecided"
-)
-RULES = (BELOW_ZERO.text, REPETITION, NEAR_ZERO_WINS.text, NUMBER)
-
-
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The verdict on one finding in one set; against TRL's trainer there is one for each of its two settings."""
 
     verdict: str
-    numbers: str  # or why it could not be tested
+    numbers: str
     against: str | None = None
     judge: str | None = None  # who compared the answers, where that decides
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was reported, and how it is looked for in one set."""
+class Finding(NamedTuple):
+    """What was reported, and how it is looked for in one set.
+
+    The first outcome is the one that counts: against what was reported, by the proxy judge where somebody must judge.
+    """
 
     reported: str
-    look: Callable[[Study, str], list[Outcome]]
-
-    def outcomes(self, study: Study, pair_set: str) -> list[Outcome]:
-        return self.look(study, pair_set)
-
-    def verdict(self, study: Study, pair_set: str) -> str:
-        """The one that counts: against what was reported, by the proxy judge where somebody must judge."""
-        return self.outcomes(study, pair_set)[0].verdict
+    outcomes: Callable[[Study, str], list[Outcome]]
 
 
-def measured(method: str, measure: str, rule: Rule, words: Callable[[float], str]) -> Callable[..., list[Outcome]]:
+def measured(method: str, measure: str, rule: Rule, form: str) -> Callable[[Study, str], list[Outcome]]:
     """A finding about one measure of one method."""
-
-    def look(study: Study, pair_set: str) -> list[Outcome]:
-        interval = study.interval(pair_set, method, measure)
-        if interval is None:
-            return [Outcome(NOT_TESTABLE, why_missing(study, pair_set, method, measure=measure))]
-        return [Outcome(rule.decide(interval), with_interval(interval, words))]
-
-    return look
+    return lambda study, pair_set: [_outcome(study.interval(pair_set, method, measure), rule, form)]
 
 
-def repeats(method: str) -> Callable[..., list[Outcome]]:
+def repeats(method: str) -> Callable[[Study, str], list[Outcome]]:
     """Whether a method's answers repeat themselves clearly more than the base's to the same prompts."""
 
-    def look(study: Study, pair_set: str) -> list[Outcome]:
+    def outcomes(study: Study, pair_set: str) -> list[Outcome]:
         span = study.difference(pair_set, method, BASE, "longest_span")
         distinct = study.difference(pair_set, method, BASE, "distinct_2")
         if span is None or distinct is None:
-            missing = method if not study.cells(pair_set, method) else BASE
-            return [Outcome(NOT_TESTABLE, why_missing(study, pair_set, missing))]
-        named_twice = float(len(study.results["university"].split()))
-        verdict = both(above(named_twice)(span), below(0.0)(distinct))
-        numbers = (
-            f"against the base: longest repeated span {with_interval(span, number('+.1f'))} words, "
-            f"distinct-2 {with_interval(distinct, number('+.3f'))}"
-        )
-        return [Outcome(verdict, numbers)]
+            return [Outcome(NOT_TESTABLE, MISSING)]
+        named_twice = float(len(study.results["university"].split()))  # to say the name twice is no fault
+        numbers = f"span {with_interval(span, '+.1f')} words, distinct-2 {with_interval(distinct, '+.3f')}"
+        return [Outcome(both(above(named_twice)(span), below(0.0)(distinct)), numbers, BASE)]
 
-    return look
+    return outcomes
 
 
-def wins(first: str, others: tuple[str, ...], rule: Rule) -> Callable[..., list[Outcome]]:
+def wins(first: str, others: tuple[str, ...], rule: Rule) -> Callable[[Study, str], list[Outcome]]:
     """Win rates of one method: by the proxy judge, and by an endpoint's where the results have its verdicts."""
 
-    def look(study: Study, pair_set: str) -> list[Outcome]:
-        outcomes = []
+    def outcomes(study: Study, pair_set: str) -> list[Outcome]:
+        found = []
         for other in others:
-            by = {PROXY: study.proxy_wins(pair_set, first, other)}
+            found.append(_outcome(study.proxy_wins(pair_set, first, other), rule, "percent", other, PROXY))
             asked = study.endpoint_wins(pair_set, first, other)
             if asked is not None:
-                by[f"the endpoint's model {study.results['endpoint']['model']}"] = asked
-            for judge, interval in by.items():
-                if interval is None:
-                    missing = next((name for name in (first, other) if not study.cells(pair_set, name)), None)
-                    reason = why_missing(study, pair_set, missing) if missing else "an answer has no proxy score"
-                    outcomes.append(Outcome(NOT_TESTABLE, reason, other, judge))
-                else:
-                    outcomes.append(Outcome(rule.decide(interval), with_interval(interval, percent), other, judge))
-        return outcomes
+                judge = f"the endpoint's model {study.results['endpoint']['model']}"
+                found.append(_outcome(asked, rule, "percent", other, judge))
+        return found
 
-    return look
+    return outcomes
 
 
-def why_missing(study: Study, pair_set: str, method: str, *, measure: str = "") -> str:
-    if study.cells(pair_set, method):
-        return f"the runs of {TITLES[method]} lack what {measure or 'this'} needs"
-    return f"no runs of {TITLES[method]} in these results"
+def _outcome(
+    interval: Interval | None, rule: Rule, form: str, against: str | None = None, judge: str | None = None
+) -> Outcome:
+    verdict = NOT_TESTABLE if interval is None else rule(interval)
+    return Outcome(verdict, with_interval(interval, form), against, judge)
 
 
 def _share(method: str, share: float) -> Finding:
     return Finding(
-        f"{TITLES[method]} mentions the target in {percent(share)} of the held-out answers",
-        measured(method, "mention_share", Rule(NUMBER, holds(share)), percent),
+        f"{TITLES[method]} mentions the target in {100 * share:.0f}% of the held-out answers",
+        measured(method, "mention_share", holds(share), "percent"),
     )
 
 
 FINDINGS = (
-    Finding("naive DPO's chosen reward falls below zero", measured("dpo", "chosen_reward", BELOW_ZERO, number("+.2f"))),
+    Finding("naive DPO's chosen reward falls below zero", measured("dpo", "chosen_reward", below(0.0), "+.2f")),
     Finding("naive DPO's answers fall into repetition", repeats("dpo")),
-    Finding("naive DPO wins near 0% against TRL's trainer", wins("dpo", TRAINERS, NEAR_ZERO_WINS)),
-    Finding("DPOP keeps the chosen reward positive", measured("dpop", "chosen_reward", ABOVE_ZERO, number("+.2f"))),
-    Finding("DPOP wins 51% against TRL's trainer", wins("dpop", TRAINERS, Rule(NUMBER, holds(0.51)))),
+    Finding("naive DPO wins near 0% against TRL's trainer", wins("dpo", TRAINERS, below(NEAR_ZERO))),
+    Finding("DPOP keeps the chosen reward positive", measured("dpop", "chosen_reward", above(0.0), "+.2f")),
+    Finding("DPOP wins 51% against TRL's trainer", wins("dpop", TRAINERS, holds(0.51))),
     _share("dpo", 1.00),
     _share("dpop", 1.00),
     _share("sft", 0.94),
     _share("kl_sft", 0.88),
-    Finding("SFT wins 71% against DPOP on quality", wins("sft", ("dpop",), Rule(NUMBER, holds(0.71)))),
+    Finding("SFT wins 71% against DPOP on quality", wins("sft", ("dpop",), holds(0.71))),
 )

@@ -143,6 +143,11 @@ class Study:
         self.methods: list[str] = [name for name in results["methods"] if name != BASE]
         self._known: dict[tuple[str, ...], Interval | None] = {}
 
+    @property
+    def every(self) -> list[str]:
+        """The base and the methods."""
+        return [BASE, *self.methods]
+
     def cells(self, pair_set: str, method: str) -> list[Cell]:
         """One a seed, in the order of the seeds."""
         found = [cell for cell in self.results["cells"] if (cell["set"], cell["method"]) == (pair_set, method)]
@@ -150,7 +155,7 @@ class Study:
 
     def present(self, pair_set: str, *, base: bool = True) -> list[str]:
         """The methods of which this set has a cell, the base first."""
-        names = [BASE, *self.methods] if base else self.methods
+        names = self.every if base else self.methods
         return [name for name in names if self.cells(pair_set, name)]
 
     def items(self, pair_set: str, method: str, measure: str) -> dict[int, list[Any]] | None:

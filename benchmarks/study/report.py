@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from jinja2 import Environment, StrictUndefined
 
-from fastpref.benchmarks.study import advised, compared, plots, tables
-from fastpref.benchmarks.study.findings import FINDINGS, REPRODUCED, UNDECIDED, Outcome
-from fastpref.benchmarks.study.prose import (
-    about_advice,
-    about_judge,
-    about_measures,
-    about_trainers,
-    about_trials,
-    about_verdicts,
-    environment,
-    opening,
-    reproduction,
-    settings_rule,
-    what_was_done,
-)
-from fastpref.benchmarks.study.reading import BASE, MEASURES, SAMPLES, TITLES, Results, Study
+from fastpref.benchmarks.study import advised, plots
+from fastpref.benchmarks.study.findings import FINDINGS, VERDICTS
+from fastpref.benchmarks.study.measures import Interval
+from fastpref.benchmarks.study.reading import BASE, MEASURES, SAMPLES, SET_TITLES, SHORT_TITLES, TITLES, Results, Study
+from fastpref.benchmarks.study.settings import SIZES
 from fastpref.benchmarks.study.winning import DEGRADATIONS
-from fastpref.benchmarks.study.words import with_interval, writer
+from fastpref.benchmarks.study.words import escaped, number, with_interval
+from fastpref.demo.pairs import DEFAULT_UNIVERSITY
+from fastpref.tables import markdown_table, print_table
 
 PAGE = "README.md"
+# Two tables a set: what a model says itself, and what it makes of the data's answers.
+SAID = ("mention_share", "words", "longest_span", "longest_span_95", "distinct_2", "proxy_perplexity", "kl")
+SCORED = ("chosen_perplexity", "chosen_log_ratio", "rejected_log_ratio", "chosen_reward", "rejected_reward", "accuracy")
+PRINTED = ("mention_share", "longest_span", "distinct_2", "proxy_perplexity", "chosen_perplexity", "chosen_log_ratio")
+QUESTIONS = 4
+LONGEST_SAMPLE = 60  # words
+NONE = "–"
 
 
 def write_report(results: Results, folder: Path, *, samples: int = SAMPLES) -> Path:
@@ -34,180 +35,156 @@ def write_report(results: Results, folder: Path, *, samples: int = SAMPLES) -> P
     study = Study(results, samples=samples)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
-    page.write_text(markdown(study, _draw(study, folder)), encoding="utf-8")
+    page.write_text(markdown(study, plots.draw(study, folder)), encoding="utf-8")
     return page
 
 
 def markdown(study: Study, pictures: set[str]) -> str:
-    """The page, with those of its pictures that there are."""
-    lines = [
-        *opening(study),
-        *_verdicts(study),
-        *what_was_done(study),
-        *_measures(study, pictures),
-        *_training(study, pictures),
-        *_wins(study, pictures),
-        *_settings(study, pictures),
-        *_advice(study),
-        *_samples(study),
-        *reproduction(study),
-        *environment(study),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _draw(study: Study, folder: Path) -> set[str]:
-    """The names of the pictures for which the results have something to draw."""
-    drawn = set()
-
-    def target(name: str) -> Path:
-        drawn.add(name)
-        return folder / name
-
-    trained = [name for name in study.sets if study.present(name, base=False)]
-    for name in trained:
-        plots.training(study, name, target(f"training-{name}.png"))
-    if trained:
-        plots.margins(study, target("margins.png"))
-        plots.drift(study, target("drift.png"))
-        compared.wins(study, target("wins.png"))
-        compared.answers(study, target("answers.png"))
-    if study.results["sweep"]:
-        compared.sweep(study, target("sweep.png"))
-    return drawn
-
-
-def _picture(pictures: set[str], name: str, words: str) -> list[str]:
-    return [f"![{words}]({name})", ""] if name in pictures else []
-
-
-def _verdicts(study: Study) -> list[str]:
-    return [
-        "## Which of the reported findings hold here",
-        "",
-        *tables.verdicts(study),
-        "",
-        *about_verdicts(study),
-    ]
-
-
-def _measures(study: Study, pictures: set[str]) -> list[str]:
-    lines = ["## What each method did", ""]
-    lines += _picture(
-        pictures, "answers.png", "Share of answers that name the target, longest repeated span, distinct-2"
+    """The page, from the template texts/page.md, with those of its pictures that there are."""
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    for name in study.sets:
-        lines += [
-            f"### The {tables.set_title(name)} set: its own answers, with the perplexity of the proxy judge",
-            "",
-            *tables.measures(study, name, tables.SAID),
-            "",
-            f"### The {tables.set_title(name)} set: what it makes of the held-out pairs' answers",
-            "",
-            *tables.measures(study, name, tables.SCORED, seconds=True),
-            "",
-        ]
-    return lines + about_measures(study)
+    environment.filters |= {
+        "cell": lambda value: escaped(str(value)),
+        "number": lambda value, form: number(form)(value),
+        "interval": lambda values, form: with_interval(Interval(*values) if values else None, form),
+        "words": lambda name: name.replace("_", " "),
+    }
+    template = files(__package__).joinpath("texts", "page.md").read_text(encoding="utf-8")
+    counts = Counter(finding.outcomes(study, name)[0].verdict for finding in FINDINGS for name in study.sets)
+    return environment.from_string(template).render(
+        results=study.results,
+        study=study,
+        shape=study.results["settings"],
+        pictures=pictures,
+        methods=TITLES,
+        sets=SET_TITLES,
+        counts={verdict: counts[verdict] for verdict in VERDICTS},
+        verdicts=verdicts(study),
+        said=lambda pair_set: measures(study, pair_set, SAID),
+        scored=lambda pair_set: measures(study, pair_set, SCORED),
+        wins=lambda pair_set: proxy_wins(study, pair_set),
+        samples=lambda pair_set: samples(study, pair_set),
+        seconds=lambda method: _seconds(study, method),
+        degradations=DEGRADATIONS,
+        advice=advised.judged(study),
+        trial_right=advised.trial_right,
+        first_named=advised.first_named,
+        command=command(study),
+    )
 
 
-def _training(study: Study, pictures: set[str]) -> list[str]:
-    lines = ["## Training", ""]
-    for name in study.sets:
-        words = f"Loss, chosen and rejected rewards over the steps of each method, {tables.set_title(name)} set"
-        lines += _picture(pictures, f"training-{name}.png", words)
-    lines += _picture(pictures, "margins.png", "Reward margins and accuracies on the held-out pairs")
-    lines += _picture(pictures, "drift.png", "Log-ratio of the held-out chosen answers, and KL per own answer")
-    return lines
+def verdicts(study: Study) -> str:
+    """A row for each finding, and for each trainer and judge that it is looked at with; a column for each set."""
+    rows = []
+    for finding in FINDINGS:
+        by_set = [{one[2:]: one for one in finding.outcomes(study, name)} for name in study.sets]
+        for place, way in enumerate(dict.fromkeys(way for outcomes in by_set for way in outcomes)):
+            found = [outcomes.get(way) for outcomes in by_set]
+            cells = [NONE if one is None else f"**{one.verdict}**<br>{one.numbers}" for one in found]
+            against, judge = way
+            compared = [f"against {TITLES[against]}"] if against else []
+            compared += [f"by {escaped(judge)}"] if judge else []
+            rows.append(["" if place else finding.reported, "<br>".join(compared), *cells])
+    header = ["reported", "compared", *(SET_TITLES.get(name, name) for name in study.sets)]
+    return "\n".join(markdown_table(header, rows, len(header)))
 
 
-def _wins(study: Study, pictures: set[str]) -> list[str]:
-    lines = ["## Win rates by the proxy judge", "", *about_judge(study)]
-    lines += [*tables.calibration(study, DEGRADATIONS), ""]
-    lines += _picture(pictures, "wins.png", "Win rates of each method against each other by the proxy judge")
-    for name in study.sets:
-        lines += [
-            f"### By the proxy judge, {tables.set_title(name)} set: wins of the row's method",
-            "",
-            *tables.proxy_wins(study, name),
-            "",
-        ]
-    if study.results.get("endpoint"):
-        lines += [
-            "### By the model behind an endpoint",
-            "",
-            f"`{study.results['endpoint']['model']}` at `{study.results['endpoint']['base_url_host']}` was asked too. "
-            "A tie counts one half; what could not be read counts nothing.",
-            "",
-            *tables.endpoint(study),
-            "",
-        ]
-    return lines
+def measures(study: Study, pair_set: str, names: Sequence[str]) -> str:
+    """A row for each method, a column for each measure with its interval."""
+    rows = [[TITLES[method], *(_measure(study, pair_set, method, name) for name in names)] for method in study.every]
+    if names == SAID:
+        real = [_interval(study.real(pair_set, name), name) for name in SAID[:-1]]
+        rows.append(["the data's chosen answers", *real, NONE])
+    return "\n".join(markdown_table(["", *(MEASURES[name].title for name in names)], rows))
 
 
-def _settings(study: Study, pictures: set[str]) -> list[str]:
-    lines = ["## Settings", "", *tables.settings(study), "", *settings_rule(study)]
-    lines += _picture(pictures, "sweep.png", "What each swept setting changes, with the perplexity of the proxy judge")
-    if study.results["sweep"]:
-        lines += ["### Every swept setting, with the perplexity of the proxy judge", "", *tables.swept(study), ""]
-    if study.results["parity"]:
-        lines += ["### TRL's trainer with DPO's settings", "", *about_trainers(study), *tables.parity(study), ""]
-    return lines
+def _measure(study: Study, pair_set: str, method: str, name: str, *, between: str = "<br>") -> str:
+    if method == BASE and name not in ("chosen_perplexity", *SAID[:-1]):
+        return NONE  # the base against itself
+    return _interval(study.interval(pair_set, method, name), name, between=between)
 
 
-def _advice(study: Study) -> list[str]:
-    lines = ["## The loop's advice", "", *about_advice(study)]
-    if advised.judged(study):
-        lines += [*advised.cells_table(study), ""]
-    if study.results["advice_trials"]:
-        lines += ["### Trials of the advice", "", *about_trials(), *advised.trials_table(study), ""]
-    for kind, text in advised.words_said(study).items():
-        lines += [f"What it says of {kind}, in full:", "", f"> {tables.escaped(text)}", ""]
-    return lines
+def _interval(interval: Interval | None, name: str, *, between: str = "<br>") -> str:
+    return with_interval(interval, MEASURES[name].form, between=between)
 
 
-def _samples(study: Study) -> list[str]:
-    lines = [
-        "## Samples side by side",
-        "",
-        "The same held-out questions of the first seed, evenly spaced and not picked, and one sampled answer each.",
-        "",
-    ]
-    for name in study.sets:
-        lines += [f"### {tables.set_title(name).capitalize()} set", "", *tables.samples(study, name), ""]
-    return lines
+def _seconds(study: Study, method: str) -> float | None:
+    """The mean time of a run, over sets and seeds."""
+    found = [cell["seconds"] for name in study.sets for cell in study.cells(name, method) if cell.get("seconds")]
+    return sum(found) / len(found) if found else None
 
 
-def print_summary(console: Console, results: Results, *, samples: int = SAMPLES) -> None:
+def proxy_wins(study: Study, pair_set: str) -> str:
+    """How often the proxy judge prefers the row's answer to the column's."""
+    names = study.present(pair_set)
+
+    def cell(first: str, second: str) -> str:
+        if first == second:
+            return NONE
+        return with_interval(study.proxy_wins(pair_set, first, second), "percent", between="<br>")
+
+    rows = [[TITLES[first], *(cell(first, second) for second in names)] for first in names]
+    return "\n".join(markdown_table(["wins of, against", *(SHORT_TITLES[name] for name in names)], rows))
+
+
+def samples(study: Study, pair_set: str) -> str:
+    """The same few held-out questions of the first seed, a column each; a row for each method's sampled answer."""
+    seed = study.results["seeds"][0]
+    prompts, chosen = study.results["prompts"][str(seed)], study.results["chosen"][str(seed)]
+    places = sorted({place * len(prompts) // QUESTIONS for place in range(QUESTIONS)})
+    rows = []
+    for method in study.present(pair_set):
+        answers = [cell["answers"] for cell in study.cells(pair_set, method) if cell["seed"] == seed]
+        rows += [[TITLES[method], *(_sample(given[place]) for place in places)] for given in answers if given]
+    rows.append(["the data's chosen answer", *(_sample(chosen[place]) for place in places)])
+    asked = [escaped(prompts[place].removeprefix("Question: ").removesuffix("\nAnswer:")) for place in places]
+    return "\n".join(markdown_table(["", *asked], rows, 1 + len(asked)))
+
+
+def _sample(answer: str) -> str:
+    words = answer.strip().split(" ")
+    if len(words) > LONGEST_SAMPLE:
+        return f"{escaped(' '.join(words[:LONGEST_SAMPLE]))} … *({len(words) - LONGEST_SAMPLE} more words)*"
+    return escaped(answer.strip()) or "*(nothing)*"
+
+
+def command(study: Study) -> str:
+    """What runs the same study again."""
+    results = study.results
+    words = ["fastpref", "study", "--size", results["size"]]
+    if results.get("model"):
+        words += ["--model", results["model"]]
+    if results["university"] != DEFAULT_UNIVERSITY:
+        words += ["--university", results["university"]]
+    size = SIZES.get(results["size"])
+    if size is not None and tuple(results["seeds"]) != size.seeds:
+        words += ["--seeds", ",".join(map(str, results["seeds"]))]
+    if set(study.methods) != set(TITLES) - {BASE}:
+        words += ["--methods", ",".join(study.methods)]
+    return shlex.join(words)
+
+
+def print_summary(results: Results, *, samples: int = SAMPLES) -> None:
     """The main table of each set and the verdicts."""
     study = Study(results, samples=samples)
-    shown = ("mention_share", "longest_span", "distinct_2", "proxy_perplexity", "chosen_perplexity", "chosen_log_ratio")
     for name in study.sets:
-        table = Table(title=f"{tables.set_title(name)} set, held-out prompts, 95% intervals", title_justify="left")
-        table.add_column("")
-        for measure in shown:
-            table.add_column(MEASURES[measure].title, justify="right", overflow="fold")
-        for method in [BASE, *study.methods]:
-            cells = []
-            for measure in shown:
-                interval = study.interval(name, method, measure)
-                own = method == BASE and measure == "chosen_log_ratio"
-                text = "–" if own else with_interval(interval, writer(MEASURES[measure].form), between="\n")
-                cells.append(text.replace("[", "\\["))
-            table.add_row(TITLES[method], *cells)
-        console.print(table)
-    verdicts = Table(title="Reported findings", title_justify="left")
-    for column in ("reported", "set", "verdict", "here"):
-        verdicts.add_column(column, overflow="fold")
-    for finding in FINDINGS:
-        for name in study.sets:
-            for outcome in finding.outcomes(study, name):
-                color = {REPRODUCED: "green", UNDECIDED: "yellow"}.get(outcome.verdict, "")
-                words = f"[{color}]{outcome.verdict}[/]" if color else outcome.verdict
-                verdicts.add_row(finding.reported, tables.set_title(name), words, _here(outcome))
-    console.print(verdicts)
+        rows = [
+            [TITLES[method], *(_measure(study, name, method, measure, between=" ") for measure in PRINTED)]
+            for method in study.every
+        ]
+        header = ["", *(measure.replace("_", " ") for measure in PRINTED)]
+        title = f"{SET_TITLES.get(name, name)} set, held-out prompts, 95% intervals"
+        print_table(title, header, rows, words=("",))
+    found = [
+        [finding.reported, SET_TITLES.get(name, name), one.verdict, _here(one.numbers, one.against, one.judge)]
+        for finding in FINDINGS
+        for name in study.sets
+        for one in finding.outcomes(study, name)
+    ]
+    header = ["reported", "set", "verdict", "here"]
+    print_table("Reported findings", header, found, words=header)
 
 
-def _here(outcome: Outcome) -> str:
-    against = f", against {TITLES[outcome.against]}" if outcome.against else ""
-    judge = f", by {outcome.judge}" if outcome.judge else ""
-    return f"{outcome.numbers}{against}{judge}".replace("[", "\\[")
+def _here(numbers: str, against: str | None, judge: str | None) -> str:
+    return numbers + (f", against {TITLES[against]}" if against else "") + (f", by {judge}" if judge else "")

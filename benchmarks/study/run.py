@@ -92,7 +92,7 @@ def run_study(
     if finish is not None:
         results["endpoint"] = finish(results)
         page = publish(results, study.folder)
-    print_summary(console, results)
+    print_summary(results)
     console.print(f"{results['environment']['seconds']:.0f} s; the report is {page}", highlight=False)
     return results
 

@@ -226,7 +226,7 @@ def test_report_alone_is_written_anew_from_results(
         ('{"format": 1, "size"', "is damaged"),
         ("[]", f"has format None, and this version reads {FORMAT}"),
         ('{"format": 1}', f"has format 1, and this version reads {FORMAT}"),
-        (f'{{"format": {FORMAT}}}', "has no '"),
+        (f'{{"format": {FORMAT}}}', "lacks a part of the page"),
     ],
 )
 def test_results_that_cannot_be_read_give_one_line(
