@@ -9,7 +9,7 @@ There is one base, as there is one GPT-2; seeds differ in pairs, order and sampl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +20,8 @@ import torch
 from fastpref.benchmarks.study.measures import longest_repeated_span
 from fastpref.benchmarks.study.pairs import make_pairs, make_texts
 from fastpref.benchmarks.study.settings import TUNING_SEED, Size
-from fastpref.benchmarks.study.ticks import ticker
 from fastpref.benchmarks.study.winning import calibrate
-from fastpref.demo.base import base_steps, build_model, train_base, train_tokenizer
+from fastpref.demo.base import build_model, train_base, train_tokenizer
 from fastpref.demo.measures import distinct_bigrams, generate, perplexity
 from fastpref.training.checkpoints import save_final_model
 
@@ -65,27 +64,13 @@ def make_judge(size: Size, university: str, folder: Path) -> dict[str, Any]:
     Its texts name the target about as often as any other place; how far it favours the target is measured.
     """
     started = time.perf_counter()
-    seeds = (*size.seeds, TUNING_SEED)
-    heldout = {seed: _heldout(size, university, seed) for seed in seeds}
-    avoid = {prompt for prompts, _ in heldout.values() for prompt in prompts}
-    share = size.judge_target_share
-    rows = make_texts(size.judge_texts, university=university, seed=JUDGE_SEED, target_share=share, avoid=avoid)
-    texts = [prompt + answer for prompt, answer in rows]
+    texts = _texts(size, university, size.judge_texts, size.judge_target_share, JUDGE_SEED)
     tokenizer = train_tokenizer(texts, vocabulary=size.vocabulary)
     shape = {"width": size.judge_width, "layers": size.judge_layers, "heads": size.judge_heads}
     model: Any = build_model(tokenizer, **shape, positions=size.positions, seed=JUDGE_SEED)
-    losses = train_base(
-        model.to(device()),
-        tokenizer,
-        texts,
-        epochs=size.judge_epochs,
-        batch_size=size.base_batch,
-        learning_rate=size.base_learning_rate,
-        seed=JUDGE_SEED,
-        advance=_advance(folder, len(texts), size.judge_epochs, size.base_batch),
-    )
+    losses = _train(size, Speaker(model.to(device()), tokenizer), texts, size.judge_epochs, JUDGE_SEED)
     save_final_model(folder, model, tokenizer)
-    prompts, chosen = heldout[TUNING_SEED]
+    prompts, chosen = _heldout(size, university, TUNING_SEED)
     spoilt = calibrate(model, tokenizer, prompts, chosen, seed=TUNING_SEED)
     return {
         **shape,
@@ -101,7 +86,7 @@ def make_judge(size: Size, university: str, folder: Path) -> dict[str, Any]:
 def draft_base(size: Size, university: str, folder: Path) -> dict[str, Any]:
     """The base after its first round of training, which needs no judge; saved in `folder`."""
     started = time.perf_counter()
-    texts = _base_texts(size, university)
+    texts = _texts(size, university, size.base_texts, size.base_target_share, BASE_SEED)
     tokenizer = train_tokenizer(texts, vocabulary=size.vocabulary)
     model: Any = build_model(
         tokenizer,
@@ -112,32 +97,28 @@ def draft_base(size: Size, university: str, folder: Path) -> dict[str, Any]:
         vocabulary=size.vocabulary,
         seed=BASE_SEED,
     )
-    losses = _train_round(size, Speaker(model.to(device()), tokenizer), texts, 0, folder)
+    losses = _train(size, Speaker(model.to(device()), tokenizer), texts, size.base_epochs, BASE_SEED)
     save_final_model(folder, model, tokenizer)
     return {"losses": losses, "seconds": time.perf_counter() - started}
 
 
 def make_base(
-    size: Size,
-    university: str,
-    folder: Path,
-    judge: Speaker,
-    *,
-    draft: Path | None = None,
-    given: str | None = None,
+    size: Size, university: str, folder: Path, judge: Speaker, start: str, *, given: str | None
 ) -> dict[str, Any]:
-    """Train a draft until it is fluent, or take a `given` model; save it. Its entry of results.json.
+    """Train the draft in the folder `start` until it is fluent; a model that was `given` stays as it is.
 
-    A base that is not fluent after `size.base_rounds` is used all the same, and the report says so.
+    It is saved in `folder`; the result is its entry of results.json. A base that is not fluent after
+    `size.base_rounds` is used all the same, and the report says so.
     """
     started = time.perf_counter()
     prompts, answers = _heldout(size, university, TUNING_SEED)
     real = _fluency(judge, prompts, answers)
-    base = load_speaker(given or f"{draft}/model")
+    base = load_speaker(start)
     rounds = [_round(size, base, judge, prompts, real)]
     losses: list[float] = []
     while given is None and not rounds[-1]["fluent"] and len(rounds) < size.base_rounds:
-        losses += _train_round(size, base, _base_texts(size, university), len(rounds), folder)
+        texts = _texts(size, university, size.base_texts, size.base_target_share, BASE_SEED)
+        losses += _train(size, base, texts, size.base_epochs, BASE_SEED + len(rounds))
         rounds.append(_round(size, base, judge, prompts, real))
     save_final_model(folder, base.model, base.tokenizer)
     return {
@@ -152,29 +133,23 @@ def make_base(
     }
 
 
-def _base_texts(size: Size, university: str) -> list[str]:
-    seeds = (*size.seeds, TUNING_SEED)
-    avoid = {prompt for seed in seeds for prompt in _heldout(size, university, seed)[0]}
-    share = size.base_target_share
-    rows = make_texts(size.base_texts, university=university, seed=BASE_SEED, target_share=share, avoid=avoid)
+def _texts(size: Size, university: str, count: int, share: float, seed: int) -> list[str]:
+    """Questions with answers, of which `share` name the target; no question is a held-out one of any seed."""
+    avoid = {prompt for held in (*size.seeds, TUNING_SEED) for prompt in _heldout(size, university, held)[0]}
+    rows = make_texts(count, university=university, seed=seed, target_share=share, avoid=avoid)
     return [prompt + answer for prompt, answer in rows]
 
 
-def _advance(folder: Path, texts: int, epochs: int, batch_size: int) -> Callable[[], None]:
-    steps = base_steps(texts, epochs=epochs, batch_size=batch_size)
-    return ticker(folder.with_name(f".ticks-{folder.name}"), steps)
-
-
-def _train_round(size: Size, base: Speaker, texts: Sequence[str], number: int, folder: Path) -> list[float]:
+def _train(size: Size, speaker: Speaker, texts: Sequence[str], epochs: int, seed: int) -> list[float]:
     return train_base(
-        base.model,
-        base.tokenizer,
+        speaker.model,
+        speaker.tokenizer,
         texts,
-        epochs=size.base_epochs,
+        epochs=epochs,
         batch_size=size.base_batch,
         learning_rate=size.base_learning_rate,
-        seed=BASE_SEED + number,
-        advance=_advance(folder, len(texts), size.base_epochs, size.base_batch),
+        seed=seed,
+        advance=lambda: None,
     )
 
 

@@ -23,6 +23,7 @@ from fastpref.benchmarks.study.pairs import make_pairs
 from fastpref.benchmarks.study.settings import TUNING_SEED, Settings, Size
 from fastpref.demo.measures import answer_logps, distinct_bigrams, generate, mention_share, perplexity_of
 from fastpref.demo.pairs import Pair, PairSet
+from fastpref.folders import Owner
 from fastpref.training.durable import find_damage, new_file
 
 # A page whose encoding was not understood, several times as long as an answer; what is beyond a model's positions is
@@ -43,16 +44,15 @@ class Study:
     model: str | None = None  # a base to start from, instead of one that is trained first
 
     @property
-    def judge(self) -> Path:
-        return self.folder / "judge"
+    def runs(self) -> Path:
+        """Where runs under way keep their files: what a killed study leaves there is of no use."""
+        return self.folder / ".runs"
 
     @property
-    def draft(self) -> Path:
-        return self.folder / "draft"
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
+    def owner(self) -> Owner:
+        """Whose folder it is: a study of another size, target or model is another study."""
+        identity = {"size": self.size.name, "university": self.university, "model": self.model}
+        return Owner("fastpref study", identity, resume=True, inputs={"--model": self.model})
 
     def pairs(self, seed: int) -> dict[str, PairSet]:
         return _pairs(self.size.train, self.size.heldout, self.university, seed)
@@ -112,10 +112,7 @@ def do(study: Study, job: Job) -> dict[str, Any]:
     path = job.path(study)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".log").open("w", encoding="utf-8") as log, _said_to(log):
-        try:
-            result = _WORK[job.kind](study, job)
-        finally:
-            study.folder.joinpath(f".ticks-{job.name}").unlink(missing_ok=True)
+        result = _WORK[job.kind](study, job)
     with new_file(path) as new:
         new.write_text(json.dumps({"key": job.key(study), "result": result}, ensure_ascii=False) + "\n", "utf-8")
     return result
@@ -138,23 +135,24 @@ def _said_to(log: TextIO) -> Iterator[None]:
 
 
 def _judge(study: Study, job: Job) -> dict[str, Any]:
-    return make_judge(study.size, study.university, study.judge)
+    return make_judge(study.size, study.university, study.folder / "judge")
 
 
 def _draft(study: Study, job: Job) -> dict[str, Any]:
-    made = draft_base(study.size, study.university, study.draft)
+    made = draft_base(study.size, study.university, study.folder / "draft")
     return {**made, "losses": _rounded(made["losses"])}
 
 
 def _base(study: Study, job: Job) -> dict[str, Any]:
-    judge = load_speaker(study.judge / "model")
-    made = make_base(study.size, study.university, study.base, judge, draft=study.draft, given=study.model)
+    judge = load_speaker(study.folder / "judge" / "model")
+    start = study.model or str(study.folder / "draft" / "model")
+    made = make_base(study.size, study.university, study.folder / "base", judge, start, given=study.model)
     return {**made, "losses": _rounded(made["losses"])}
 
 
 def _cell(study: Study, job: Job) -> dict[str, Any]:
     """A result: the base or an aligned model of one set and seed, with all its measures."""
-    base, data = load_speaker(study.base / "model"), study.pairs(job.seed)[job.set]
+    base, data = load_speaker(study.folder / "base" / "model"), study.pairs(job.seed)[job.set]
     ran: dict[str, Any] = {"seconds": 0.0, "steps": 0, "advice": [], "history": []}
     model = base.model
     if job.settings is not None:
@@ -166,7 +164,7 @@ def _cell(study: Study, job: Job) -> dict[str, Any]:
 def _sweep(study: Study, job: Job) -> dict[str, Any]:
     """One swept setting, on the tuning seed's pairs; no answers are kept. One that diverges has no measures."""
     assert job.settings is not None
-    base, data = load_speaker(study.base / "model"), study.pairs(TUNING_SEED)[job.set]
+    base, data = load_speaker(study.folder / "base" / "model"), study.pairs(TUNING_SEED)[job.set]
     about = {"method": job.method, "settings": job.settings.to_json(), **job.details}
     try:
         model, ran = _align(study, job, job.settings, base, data)
@@ -186,7 +184,7 @@ def _sweep(study: Study, job: Job) -> dict[str, Any]:
 def _trial(study: Study, job: Job) -> dict[str, Any]:
     """A run whose advice is what matters: of settings known to fail, of a remedy, or with spoilt rows."""
     assert job.settings is not None
-    base, data = load_speaker(study.base / "model"), study.pairs(job.seed)[job.set]
+    base, data = load_speaker(study.folder / "base" / "model"), study.pairs(job.seed)[job.set]
     if job.details["spoilt_rows"]:
         train = list(data.train)
         one, other = job.details["spoilt_rows"]
@@ -231,7 +229,8 @@ def summary(university: str, answers: Sequence[str], scores: dict[str, Any]) -> 
 
 
 def _align(study: Study, job: Job, settings: Settings, base: Speaker, data: PairSet) -> tuple[Any, dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="run-", dir=study.folder) as folder:  # its final model is not kept
+    study.runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=study.runs) as folder:  # its final model is not kept
         size = study.size if job.kind == "cells" else replace(study.size, evaluations=1)  # of others no curve is drawn
         ran = align(
             size,
@@ -251,7 +250,7 @@ def _measure(
     study: Study, policy: Speaker, reference: Speaker, heldout: Sequence[Pair], seed: int
 ) -> tuple[list[str], dict[str, Any]]:
     """One sampled answer to each prompt, and log-probs (summed over tokens) under policy, reference and proxy judge."""
-    judge = load_speaker(study.judge / "model")
+    judge = load_speaker(study.folder / "judge" / "model")
     prompts = [pair["prompt"] for pair in heldout]
     answers = generate(
         policy.model,

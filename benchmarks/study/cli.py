@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from jinja2 import UndefinedError
-from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
 from fastpref.benchmarks.study.cells import Study
-from fastpref.benchmarks.study.claim import FolderBusyError, claim
 from fastpref.benchmarks.study.endpoint import Endpoint, JudgeError, check_ready
 from fastpref.benchmarks.study.judging import judge_results
 from fastpref.benchmarks.study.pairs import SETS, check_university
@@ -26,8 +24,10 @@ from fastpref.benchmarks.study.pool import JobError, cores
 from fastpref.benchmarks.study.report import print_summary, write_report
 from fastpref.benchmarks.study.run import FORMAT, RESULTS, run_study
 from fastpref.benchmarks.study.settings import METHODS, SIZES, TUNING_SEED
+from fastpref.console import Console
 from fastpref.demo.cli import LARGEST_SEED
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
+from fastpref.folders import check
 from fastpref.options import Parser, UsageError
 
 Finish = Callable[[dict[str, Any]], dict[str, Any]]
@@ -36,7 +36,7 @@ TRL_METHODS = ("trl", "trl_matched")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the study; 0 done, 1 a part failed, 2 after one line on stderr where an option does not fit."""
-    console = Console(file=sys.stdout)  # this one, be it redirected while TRL's trainer prints
+    console = Console(main=True, progress=True, out=sys.stdout)  # this one, be it redirected while TRL's trainer prints
     try:
         options = _parser().parse_args(list(arguments))
         if options.report is not None:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         _check_positions(study)
         finish = _judge(options.judge_url, options.judge_model, study.folder, console)
-        claim(study)
+        check(study.folder, study.owner)
     except (ValueError, OSError, ImportError, JudgeError) as error:
         print(f"fastpref study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
     try:
         run_study(study, methods=methods, workers=workers, console=console, finish=finish)
-    except (JobError, JudgeError, FolderBusyError, OSError) as error:
+    except (JobError, JudgeError, OSError) as error:
         print(f"fastpref study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def _methods(text: str | None, console: Console) -> tuple[str, ...]:
     if wanted and find_spec("trl") is None:
         if text is not None:
             raise ImportError(f'{", ".join(wanted)} need TRL, which is not installed: pip install "fastpref[trl]"')
-        console.print('TRL is not installed, so its runs are left out: pip install "fastpref[trl]"', style="yellow")
+        console.say('TRL is not installed, so its runs are left out: pip install "fastpref[trl]"')
         given = tuple(name for name in given if name not in TRL_METHODS)
     return tuple(name for name in METHODS if name in given)
 
@@ -198,5 +198,5 @@ def _report(folder: Path, console: Console) -> int:
     except (KeyError, UndefinedError) as error:
         raise UsageError(f"{path} lacks a part of the page ({error}): {anew}") from error
     print_summary(results)
-    console.print(f"the report is {page}", highlight=False)
+    console.say(f"the report is {page}")
     return 0

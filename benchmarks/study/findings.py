@@ -39,12 +39,8 @@ def below(limit: float) -> Rule:
 
 
 def above(limit: float) -> Rule:
-    def decide(interval: Interval) -> str:
-        if interval.low > limit:
-            return REPRODUCED
-        return NOT_REPRODUCED if interval.high <= limit else UNDECIDED
-
-    return decide
+    """`below`, mirrored."""
+    return lambda interval: below(-limit)(Interval(-interval.estimate, -interval.high, -interval.low))
 
 
 def holds(share: float) -> Rule:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from fastpref.benchmarks.study.endpoint import Endpoint, Item, Summary, Verdict, judge_pairs, summarise
+from fastpref.benchmarks.study.endpoint import Endpoint, Item, judge_pairs, summarise
+from fastpref.console import Console
 
 # Each was reported: win rates of DPO and of DPOP against TRL's trainer, and of SFT against DPOP.
 PAIRS = (("dpo", "trl"), ("dpo", "trl_matched"), ("dpop", "trl"), ("dpop", "trl_matched"), ("sft", "dpop"))
@@ -24,17 +22,15 @@ def judge_results(results: dict[str, Any], endpoint: Endpoint, folder: Path, con
     """
     wanted = _wanted(results)
     total = 2 * sum(len(items) for by_seed in wanted.values() for items in by_seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{endpoint.model} judges", total=total)
+    with console.bar(f"{endpoint.model} judges", total, unit="reply") as bar:
         for (name, first, second), by_seed in wanted.items():
-            verdicts = [
-                judge_pairs(endpoint, items, folder / VERDICTS, lambda count: progress.advance(task, count))
-                for items in by_seed
-            ]
-            rows.append({"set": name, "first": first, "second": second, **_entry(summarise(verdicts))})
-            console.print(f"{endpoint.model} on {first} against {second}, {name}: {_counts(verdicts)}", highlight=False)
+            verdicts = [judge_pairs(endpoint, items, folder / VERDICTS, bar.advance) for items in by_seed]
+            summary = summarise(verdicts)
+            rate = None if summary.rate is None else list(summary.rate)
+            rows.append({"set": name, "first": first, "second": second, **summary._asdict(), "rate": rate})
+            counts = ", ".join(f"{getattr(summary, count)} {count}" for count in summary._fields[:4])
+            console.say(f"{endpoint.model} on {first} against {second}, {name}: {counts}")
     return {"model": endpoint.model, "base_url_host": endpoint.host, "pairs": rows}
 
 
@@ -59,12 +55,3 @@ def _wanted(results: dict[str, Any]) -> dict[tuple[str, str, str], list[list[Ite
                 for seed in results["seeds"]
             ]
     return wanted
-
-
-def _entry(summary: Summary) -> dict[str, Any]:
-    return summary._asdict() | {"rate": None if summary.rate is None else list(summary.rate)}
-
-
-def _counts(verdicts: list[list[Verdict]]) -> str:
-    found = summarise(verdicts)
-    return f"{found.wins} wins, {found.losses} losses, {found.ties} ties, {found.unreadable} unreadable"

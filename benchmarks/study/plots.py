@@ -35,23 +35,20 @@ MAP = "PuOr_r"
 FAR = 100.0
 DPI = 110
 COLUMNS = 3
-EARLY = 0.7  # of a run: a curve that has no number after that says so beside its name
 
 
-def draw(study: Study, folder: Path) -> set[str]:
-    """Write the pictures for which the results have something to draw; their names."""
+def pictures(study: Study) -> dict[str, Callable[[Path], None]]:
+    """By file name, what draws each picture for which the results have something to draw."""
     trained = [name for name in study.sets if study.present(name, base=False)]
-    pictures: dict[str, Callable[[Path], None]] = {}
-    for name in trained:
-        pictures[f"training-{name}.png"] = functools.partial(training, study, name)
+    found: dict[str, Callable[[Path], None]] = {
+        f"training-{name}.png": functools.partial(training, study, name) for name in trained
+    }
     if trained:
-        for of_all in (margins, drift, wins, answers):
-            pictures[f"{of_all.__name__}.png"] = functools.partial(of_all, study)
+        of_all = (margins, drift, wins, answers)
+        found |= {f"{draw.__name__}.png": functools.partial(draw, study) for draw in of_all}
     if study.results["sweep"]:
-        pictures["sweep.png"] = functools.partial(sweep, study)
-    for name, picture in pictures.items():
-        picture(folder / name)
-    return set(pictures)
+        found["sweep.png"] = functools.partial(sweep, study)
+    return found
 
 
 def training(study: Study, pair_set: str, path: Path) -> None:
@@ -61,7 +58,7 @@ def training(study: Study, pair_set: str, path: Path) -> None:
     methods = [name for name in study.present(pair_set, base=False) if _histories(study, pair_set, name)]
     columns = 2 if len(methods) == 4 else min(COLUMNS, len(methods))
     bands = -(-len(methods) // columns)
-    figure = new_figure(10.5, 5.0 * bands + 0.5, f"Training on the {set_title(pair_set)} set")
+    figure = new_figure(10.5, 5.0 * bands + 0.5, f"Training on the {SET_TITLES[pair_set]} set")
     parts = figure.subfigures(bands, 1, squeeze=False)[:, 0]
     for band, part in enumerate(parts):
         here = methods[band * columns : (band + 1) * columns]
@@ -85,7 +82,7 @@ def training(study: Study, pair_set: str, path: Path) -> None:
         grid[0, 0].set_ylabel("loss (training)", fontsize=11)
         grid[1, 0].set_ylabel("reward (held-out pairs)", fontsize=11)
     caption(figure, "thin: one seed each, thick: their mean; every panel has its own scale")
-    save(figure, path)
+    figure.savefig(path, format="png")
 
 
 def _rewards(axes: Any, cells: Sequence[Cell]) -> None:
@@ -101,7 +98,9 @@ def _rewards(axes: Any, cells: Sequence[Cell]) -> None:
     axes.margins(y=0.2)
 
 
-def _seeds(axes: Any, curves: Sequence[Points], color: str, *, marker: str = "", linestyle: str = "-") -> Points:
+def _seeds(
+    axes: Any, curves: Sequence[Points], color: str, *, marker: str = "", linestyle: str = "-", label: str = ""
+) -> Points:
     """A thin line a seed and the thick line of their mean, which is given back; empty where there is no number."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
@@ -110,7 +109,7 @@ def _seeds(axes: Any, curves: Sequence[Points], color: str, *, marker: str = "",
     for steps, values in curves:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.4, linestyle=linestyle)
     mean = mean_curve(curves)
-    axes.plot(*mean, color=color, linewidth=2.2, linestyle=linestyle, marker=marker, markersize=4)
+    axes.plot(*mean, color=color, linewidth=2.2, linestyle=linestyle, marker=marker, markersize=4, label=label)
     return mean
 
 
@@ -126,10 +125,10 @@ def margins(study: Study, path: Path) -> None:
         for axes, (label, curve, line) in zip(row, columns, strict=True):
             axes.axhline(line, color=GREY, linewidth=0.9)
             _methods(axes, study, name, curve)
-            axes.set_title(f"{set_title(name)} set", fontsize=12, fontweight="bold")
+            axes.set_title(f"{SET_TITLES[name]} set", fontsize=12, fontweight="bold")
             axes.set_ylabel(label, fontsize=11)
     caption(figure, "thin: one seed each, thick: their mean; accuracies of KL-SFT by means per token, none of SFT")
-    save(figure, path)
+    figure.savefig(path, format="png")
 
 
 def drift(study: Study, path: Path) -> None:
@@ -139,18 +138,17 @@ def drift(study: Study, path: Path) -> None:
     for (left, right), name in zip(grid, study.sets, strict=True):
         left.axhline(0, color=GREY, linewidth=0.9)
         _methods(left, study, name, lambda cell: log_ratios(cell, "chosen"))
-        left.set_title(f"{set_title(name)} set: held-out chosen answers", fontsize=12, fontweight="bold")
+        left.set_title(f"{SET_TITLES[name]} set: held-out chosen answers", fontsize=12, fontweight="bold")
         left.set_ylabel("mean log-ratio to the base, nats", fontsize=11)
         dots(right, study, name, study.present(name, base=False), "kl", form=".1f")
         right.set_title("its own answers, at the end", fontsize=12, fontweight="bold")
         right.set_xlabel("KL from the base, nats per answer", fontsize=11)
     caption(figure, "left: thin, one seed each, thick, their mean; right: with 95% intervals")
-    save(figure, path)
+    figure.savefig(path, format="png")
 
 
 def _methods(axes: Any, study: Study, pair_set: str, curve: Callable[[Cell], Points]) -> None:
-    """A curve a method over the share of its run that is done, each named at its end."""
-    ends: list[tuple[float, str, float]] = []
+    """A curve a method over the share of its run that is done."""
     for method in study.present(pair_set, base=False):
         curves = []
         for cell in _histories(study, pair_set, method):
@@ -159,48 +157,13 @@ def _methods(axes: Any, study: Study, pair_set: str, curve: Callable[[Cell], Poi
                 curves.append((100 * steps / max(cell["steps"], 1), values))
         if curves:
             line = "--" if method in DASHED else "-"
-            steps, values = _seeds(axes, curves, COLORS[method], linestyle=line)
-            ends.append((float(values[-1]), method, float(steps[-1])))
+            _seeds(axes, curves, COLORS[method], linestyle=line, label=SHORT_TITLES[method])
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the run, %", fontsize=10)
     axes.margins(y=0.08)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=9, framealpha=0.7)
     tidy(axes)
-    name_ends(axes, ends, 100)
-
-
-def name_ends(axes: Any, ends: Sequence[tuple[float, str, float]], right: float) -> None:
-    """The methods' names right of the ends (y, name, x) of their curves, moved apart where they would lie on others."""
-    low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    ordered = sorted(ends)
-    places: list[float] = []
-    for value, _, _ in ordered:
-        places.append(max(value, places[-1] + gap) if places else max(value, low))
-    over = max(0.0, places[-1] - high) if places else 0.0
-    # The highest must stay in the picture: it pushes down those that are closer under it than the gap.
-    for index in reversed(range(len(places))):
-        limit = places[index + 1] - gap if index + 1 < len(places) else places[index] - over
-        places[index] = min(places[index], limit)
-    for (value, method, at), place in zip(ordered, places, strict=True):
-        axes.annotate(
-            SHORT_TITLES[method] + (f", to {at:.0f}%" if at < EARLY * right else ""),
-            (at, value),
-            xytext=(right * 1.05, place),
-            textcoords="data",
-            color=COLORS[method],
-            fontsize=10,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": COLORS[method],
-                "linewidth": 0.6,
-                "linestyle": ":" if at < EARLY * right else "-",
-                "shrinkA": 2,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),  # to the middle of the text's left edge, not through the text
-            },
-        )
 
 
 def dots(axes: Any, study: Study, pair_set: str, methods: Sequence[str], measure: str, *, form: str) -> None:
@@ -254,9 +217,9 @@ def wins(study: Study, path: Path) -> None:
         axes.set_yticks(range(len(methods)), titles, fontsize=10)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"{set_title(name)} set", fontsize=12, fontweight="bold")
+        axes.set_title(f"{SET_TITLES[name]} set", fontsize=12, fontweight="bold")
     caption(figure, "% of held-out prompts that the row wins, under it its 95% interval")
-    save(figure, path)
+    figure.savefig(path, format="png")
 
 
 def answers(study: Study, path: Path) -> None:
@@ -273,14 +236,14 @@ def answers(study: Study, path: Path) -> None:
         for axes, (measure, label, form) in zip(row, columns, strict=True):
             dots(axes, study, name, methods, measure, form=form)
             axes.set_xlabel(label, fontsize=11)
-        row[0].set_title(f"{set_title(name)} set", fontsize=12, fontweight="bold", loc="left")
+        row[0].set_title(f"{SET_TITLES[name]} set", fontsize=12, fontweight="bold", loc="left")
     caption(figure, "lines: 95% intervals")
-    save(figure, path)
+    figure.savefig(path, format="png")
 
 
 def sweep(study: Study, path: Path) -> None:
     """A line for each swept setting; what it does to three measures. The one that was taken is filled."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, PercentFormatter
 
     rows = study.results["sweep"]
     columns = (
@@ -310,7 +273,11 @@ def sweep(study: Study, path: Path) -> None:
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         elif measure == "proxy_perplexity" and values:
-            _logarithmic(axes, values)
+            axes.set_xscale("log")
+            if max(values) < 50 * min(values):
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
         elif measure == "chosen_log_ratio":
             axes.axvline(0, color=GREY, linewidth=0.9)
             if min(values, default=0) < -FAR:
@@ -324,26 +291,11 @@ def sweep(study: Study, path: Path) -> None:
         label_text.set_color(COLORS[row["method"]])
         label_text.set_fontweight("bold" if row["chosen"] else "normal")
     caption(figure, "filled, bold: the setting that the results use")
-    save(figure, path)
-
-
-def _logarithmic(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with numbers such as 2, 5 and 10 on it, or with powers of ten where there are many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    if max(values) < 50 * min(values):
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.savefig(path, format="png")
 
 
 def _histories(study: Study, pair_set: str, method: str) -> list[Cell]:
     return [cell for cell in study.cells(pair_set, method) if cell.get("history")]
-
-
-def set_title(name: str) -> str:
-    return SET_TITLES.get(name, name)
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -363,7 +315,3 @@ def tidy(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
-
-
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")

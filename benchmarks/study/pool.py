@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -22,7 +21,6 @@ import torch
 from fastpref.benchmarks.study.cells import Job, Study, do
 from fastpref.benchmarks.study.methods import Interrupted
 
-LOOK_SECONDS = 1.0
 # glibc's malloc.h: how large a piece is asked of the system alone, and how much free memory is given back to it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PIECE_BYTES, KEPT_BYTES = 2**25, 2**28  # older versions take no larger pieces
@@ -60,10 +58,8 @@ class Pool:
                     worker.kill()
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def run(
-        self, study: Study, jobs: Sequence[Job], done: Callable[[Job], None], look: Callable[[], None] = lambda: None
-    ) -> list[dict[str, Any]]:
-        """What each job gives, in the order of `jobs`; `done` is called as each one ends, `look` while they go on.
+    def run(self, study: Study, jobs: Sequence[Job], done: Callable[[Job], None]) -> list[dict[str, Any]]:
+        """What each job gives, in the order of `jobs`; `done` is called as each one ends.
 
         Raises:
             JobError: one failed; no further one is begun, and those that run are waited for.
@@ -72,8 +68,7 @@ class Pool:
             results = []
             for job in jobs:
                 try:
-                    with _often(look):
-                        results.append(do(study, job))
+                    results.append(do(study, job))
                 except Interrupted as error:  # our loop takes Ctrl-C for itself
                     raise KeyboardInterrupt from error
                 except Exception as error:
@@ -90,8 +85,7 @@ class Pool:
                 open_ones.add(future)
             if not open_ones:
                 break
-            ended, open_ones = wait(open_ones, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
-            look()
+            ended, open_ones = wait(open_ones, return_when=FIRST_COMPLETED)
             for future in ended:
                 trouble = future.exception()
                 if trouble is not None:
@@ -105,24 +99,6 @@ class Pool:
             return self._executor.submit(do, study, job)
         except BrokenProcessPool as error:  # a worker died while it had nothing to do
             raise _failed(study, job, error) from error
-
-
-@contextlib.contextmanager
-def _often(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` now and then, from a thread of its own, while the block runs."""
-    ended = threading.Event()
-
-    def go() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            look()
-
-    thread = threading.Thread(target=go, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _start_worker(threads: int) -> None:

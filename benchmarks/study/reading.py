@@ -100,21 +100,21 @@ def _scored(side: str, logps: str, tokens: str) -> Callable[[Cell, str], list[tu
     return items
 
 
-def _spans(cell: Cell, university: str) -> list[float] | None:
-    return None if cell.get("answers") is None else [float(longest_repeated_span(text)) for text in cell["answers"]]
+def _answers(of: Callable[[str, str], float]) -> Callable[[Cell, str], list[float] | None]:
+    """A number of each answer's text, and the target's name."""
+
+    def items(cell: Cell, university: str) -> list[float] | None:
+        answers = cell.get("answers")
+        return None if answers is None else [float(of(text, university)) for text in answers]
+
+    return items
 
 
-def _words(cell: Cell, university: str) -> list[float] | None:
-    return None if cell.get("answers") is None else [float(len(text.split())) for text in cell["answers"]]
-
-
-def _mentions(cell: Cell, university: str) -> list[float] | None:
-    return None if cell.get("answers") is None else [float(mentions(text, university)) for text in cell["answers"]]
-
+_spans = _answers(lambda text, university: longest_repeated_span(text))
 
 MEASURES = {
-    "mention_share": Measure("target mentioned", "percent", _mentions),
-    "words": Measure("words an answer", ".1f", _words),
+    "mention_share": Measure("target mentioned", "percent", _answers(mentions)),
+    "words": Measure("words an answer", ".1f", _answers(lambda text, university: len(text.split()))),
     "longest_span": Measure("longest repeated span, words", ".1f", _spans),
     "longest_span_95": Measure("longest repeated span, 95th percentile", ".1f", _spans, PERCENTILE_95),
     "distinct_2": Measure("distinct-2", ".3f", lambda cell, university: cell.get("answers"), DISTINCT_2),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -18,9 +19,11 @@ from fastpref.benchmarks.study.settings import SIZES
 from fastpref.benchmarks.study.winning import DEGRADATIONS
 from fastpref.benchmarks.study.words import escaped, number, with_interval
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
+from fastpref.folders import check_file
 from fastpref.tables import markdown_table, print_table
 
 PAGE = "README.md"
+TITLE = "# The study, size "  # how every page of it begins
 # Two tables a set: what a model says itself, and what it makes of the data's answers.
 SAID = ("mention_share", "words", "longest_span", "longest_span_95", "distinct_2", "proxy_perplexity", "kl")
 SCORED = ("chosen_perplexity", "chosen_log_ratio", "rejected_log_ratio", "chosen_reward", "rejected_reward", "accuracy")
@@ -31,15 +34,23 @@ NONE = "–"
 
 
 def write_report(results: Results, folder: Path, *, samples: int = SAMPLES) -> Path:
-    """Write README.md and its pictures into the folder; the same results give the same Markdown, byte for byte."""
+    """Write README.md and its pictures into the folder; the same results give the same Markdown, byte for byte.
+
+    Raises:
+        FolderError: one of these files is there, and no study wrote it; then nothing is written.
+    """
     study = Study(results, samples=samples)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / PAGE
-    page.write_text(markdown(study, plots.draw(study, folder)), encoding="utf-8")
+    pictures, page = plots.pictures(study), folder / PAGE
+    for path, mark in [(page, TITLE), *((folder / name, "Matplotlib") for name in pictures)]:
+        check_file(path, mark=mark, option="the report's")
+    text = markdown(study, pictures)
+    for name, draw in pictures.items():
+        draw(folder / name)
+    page.write_text(text, encoding="utf-8")
     return page
 
 
-def markdown(study: Study, pictures: set[str]) -> str:
+def markdown(study: Study, pictures: Collection[str]) -> str:
     """The page, from the template texts/page.md, with those of its pictures that there are."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -48,6 +59,7 @@ def markdown(study: Study, pictures: set[str]) -> str:
         "cell": lambda value: escaped(str(value)),
         "number": lambda value, form: number(form)(value),
         "interval": lambda values, form: with_interval(Interval(*values) if values else None, form),
+        "plain": _plain,
         "words": lambda name: name.replace("_", " "),
     }
     template = files(__package__).joinpath("texts", "page.md").read_text(encoding="utf-8")
@@ -86,7 +98,7 @@ def verdicts(study: Study) -> str:
             compared = [f"against {TITLES[against]}"] if against else []
             compared += [f"by {escaped(judge)}"] if judge else []
             rows.append(["" if place else finding.reported, "<br>".join(compared), *cells])
-    header = ["reported", "compared", *(SET_TITLES.get(name, name) for name in study.sets)]
+    header = ["reported", "compared", *(SET_TITLES[name] for name in study.sets)]
     return "\n".join(markdown_table(header, rows, len(header)))
 
 
@@ -165,6 +177,15 @@ def command(study: Study) -> str:
     return shlex.join(words)
 
 
+def _plain(value: Any) -> str:
+    """A value of the environment: lists and mappings with commas between."""
+    if isinstance(value, dict):
+        return _plain([f"{name} {_plain(one)}" for name, one in value.items()])
+    if isinstance(value, list):
+        return ", ".join(value) or NONE
+    return NONE if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
 def print_summary(results: Results, *, samples: int = SAMPLES) -> None:
     """The main table of each set and the verdicts."""
     study = Study(results, samples=samples)
@@ -174,10 +195,10 @@ def print_summary(results: Results, *, samples: int = SAMPLES) -> None:
             for method in study.every
         ]
         header = ["", *(measure.replace("_", " ") for measure in PRINTED)]
-        title = f"{SET_TITLES.get(name, name)} set, held-out prompts, 95% intervals"
+        title = f"{SET_TITLES[name]} set, held-out prompts, 95% intervals"
         print_table(title, header, rows, words=("",))
     found = [
-        [finding.reported, SET_TITLES.get(name, name), one.verdict, _here(one.numbers, one.against, one.judge)]
+        [finding.reported, SET_TITLES[name], one.verdict, _here(one.numbers, one.against, one.judge)]
         for finding in FINDINGS
         for name in study.sets
         for one in finding.outcomes(study, name)

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import functools
 import json
-import platform
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-import fastpref
 from fastpref.benchmarks.study.cells import Job, Study
-from fastpref.benchmarks.study.claim import alone, counted, seconds_so_far
 from fastpref.benchmarks.study.methods import order
 from fastpref.benchmarks.study.pairs import SETS
 from fastpref.benchmarks.study.pool import Pool, cores
 from fastpref.benchmarks.study.report import print_summary, write_report
-from fastpref.benchmarks.study.settings import METHODS, TUNING_SEED, Settings, centre, choose, sweep
-from fastpref.benchmarks.study.ticks import ticks
+from fastpref.benchmarks.study.settings import METHODS, TITLES, TUNING_SEED, Settings, centre, choose, sweep
+from fastpref.console import Console
 from fastpref.demo.pairs import write_jsonl
-from fastpref.environment import commit, package_version, processor
+from fastpref.environment import record
+from fastpref.folders import Claim, claim
 from fastpref.training.durable import new_file
 
 FORMAT = 2
 RESULTS = "results.json"
 # How far into its first epoch the step comes that has the spoilt rows, in the trials of the second advice.
 SPOILT_AT = 0.6
-# Between lines about what is under way, where there is no terminal to draw a bar on.
-LINE_SECONDS = 30.0
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "trl")
+PACKAGES = ("fastpref", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "trl")
 
 
 def run_study(
@@ -52,48 +46,54 @@ def run_study(
 
     Raises:
         JobError: a part failed; what was finished stays, and the same call goes on from there.
-        FolderBusyError: another study is running in the folder.
+        FolderError: the folder is not this study's, or another process's study is running in it.
     """
     size, seeds = study.size, study.size.seeds
-    with alone(study.folder), counted(study.folder), Pool(workers) as pool, _Progress(study, console) as progress:
-        _write_pairs(study)
-        first = [Job("judge", "judge"), *([] if study.model else [Job("draft", "draft")])]
-        judge, *draft = progress.run(pool, "proxy judge, first round of the base", first)
-        base = progress.run(pool, "base until fluent", [Job("base", "base")])[0]
-        swept = progress.run(pool, "swept settings", _sweep_jobs(study, methods))
-        chosen = _chosen(study, swept, methods)
-        cells = progress.run(pool, "alignment", _cell_jobs(study, chosen))
-        trials = progress.run(pool, "trials of the advice", _trial_jobs(study, chosen))
-    taken = [chosen[method].to_json() | {"why": ""} for method in chosen]
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "size": size.name,
-        "university": study.university,
-        "model": study.model,
-        "settings": dataclasses.asdict(size),
-        "sets": list(SETS),
-        "seeds": list(seeds),
-        "tuning_seed": TUNING_SEED,
-        "methods": list(chosen),
-        "method_settings": {method: settings.to_json() for method, settings in chosen.items()},
-        "environment": _environment(workers) | {"seconds": seconds_so_far(study.folder)},
-        "judge": judge,
-        "base": base | _with_draft(base, draft),
-        "real": _real(cells),
-        "prompts": {str(seed): [pair["prompt"] for pair in study.pairs(seed)[SETS[0]].heldout] for seed in seeds},
-        "chosen": {str(seed): [pair["chosen"] for pair in study.pairs(seed)[SETS[0]].heldout] for seed in seeds},
-        "cells": cells,
-        "sweep": [row | {"chosen": row["settings"] | {"why": ""} in taken} for row in swept],
-        "advice_trials": trials,
-        "parity": _parity(cells),
-        "endpoint": None,
-    }
-    page = publish(results, study.folder)  # before anybody is asked, who may fail
-    if finish is not None:
-        results["endpoint"] = finish(results)
-        page = publish(results, study.folder)
+    with claim(study.folder, study.owner) as claimed:
+        shutil.rmtree(study.runs, ignore_errors=True)  # of a study that was killed
+        with _counted(claimed), Pool(workers) as pool:
+            stage = functools.partial(_stage, study, pool, console)
+            _write_pairs(study)
+            first = [Job("judge", "judge"), *([] if study.model else [Job("draft", "draft")])]
+            judge, *draft = stage("proxy judge, first round of the base", first)
+            base = stage("base until fluent", [Job("base", "base")])[0]
+            swept = stage("swept settings", _sweep_jobs(study, methods))
+            chosen = _chosen(study, swept, methods)
+            cells = stage("alignment", _cell_jobs(study, chosen))
+            trials = stage("trials of the advice", _trial_jobs(study, chosen))
+        taken = [chosen[method].to_json() | {"why": ""} for method in chosen]
+        heldout = {str(seed): study.pairs(seed)[SETS[0]].heldout for seed in seeds}
+        results: dict[str, Any] = {
+            "format": FORMAT,
+            "size": size.name,
+            "university": study.university,
+            "model": study.model,
+            "settings": dataclasses.asdict(size),
+            "sets": list(SETS),
+            "seeds": list(seeds),
+            "tuning_seed": TUNING_SEED,
+            "methods": list(chosen),
+            "method_settings": {method: settings.to_json() for method, settings in chosen.items()},
+            "environment": record(PACKAGES)
+            | {"cpu_cores": cores(), "workers": workers, "seconds": claimed.notes["seconds"]},
+            "judge": judge,
+            "base": base | _with_draft(base, draft),
+            "real": _real(cells),
+            "prompts": {seed: [pair["prompt"] for pair in pairs] for seed, pairs in heldout.items()},
+            "chosen": {seed: [pair["chosen"] for pair in pairs] for seed, pairs in heldout.items()},
+            "cells": cells,
+            "sweep": [row | {"chosen": row["settings"] | {"why": ""} in taken} for row in swept],
+            "advice_trials": trials,
+            "parity": _parity(cells),
+            "endpoint": None,
+        }
+        page = publish(results, study.folder)  # before anybody is asked, who may fail
+        if finish is not None:
+            results["endpoint"] = finish(results)
+            page = publish(results, study.folder)
+        claimed.finish()
     print_summary(results)
-    console.print(f"{results['environment']['seconds']:.0f} s; the report is {page}", highlight=False)
+    console.say(f"{results['environment']['seconds']:.0f} s; the report is {page}")
     return results
 
 
@@ -104,58 +104,22 @@ def publish(results: dict[str, Any], folder: Path) -> Path:
     return write_report(results, folder)
 
 
-class _Progress:
-    """A bar over the jobs of a stage where there is a terminal; else a line for each job that is done."""
+def _stage(study: Study, pool: Pool, console: Console, title: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+    with console.bar(title, len(jobs), unit="job") as bar:
+        results = pool.run(study, jobs, lambda job: bar.advance(note=job.name))
+    console.say(f"{title}: {len(jobs)} done, {time.perf_counter() - started:.0f} s")
+    return results
 
-    def __init__(self, study: Study, console: Console) -> None:
-        self._study, self._console = study, console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
 
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def run(self, pool: Pool, title: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        started, ended = time.perf_counter(), 0
-        task = self._bar.add_task(title, total=len(jobs))
-
-        def done(job: Job) -> None:
-            nonlocal ended
-            ended += 1
-            self._bar.advance(task)
-            if not self._console.is_terminal:
-                self._say(f"{title} {ended}/{len(jobs)}: {job.name} ({time.perf_counter() - started:.0f} s)")
-
-        said = started
-
-        def look() -> None:
-            """Of a job that takes minutes too it is to be seen that it goes on."""
-            nonlocal said
-            under_way = ticks(self._study.folder)
-            self._bar.update(task, description=f"{title} ({under_way})" if under_way else title)
-            if under_way and not self._console.is_terminal and time.perf_counter() - said > LINE_SECONDS:
-                said = time.perf_counter()
-                self._say(f"{title}: {under_way} ({said - started:.0f} s)")
-
-        results = pool.run(self._study, jobs, done, look)
-        self._bar.remove_task(task)
-        self._say(f"{title}: {len(jobs)} done, {time.perf_counter() - started:.0f} s")
-        return results
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False)
+@contextmanager
+def _counted(claimed: Claim) -> Iterator[None]:
+    """Add the time that the block takes to the study's, which may be taken up many times, be it cut short."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        claimed.note(seconds=claimed.notes.get("seconds", 0.0) + time.perf_counter() - started)
 
 
 def _write_pairs(study: Study) -> None:
@@ -217,39 +181,29 @@ def _trial_jobs(study: Study, chosen: dict[str, Settings]) -> list[Job]:
     hard = replace(centre(size, "dpo"), learning_rate=size.learning_rate * max(size.learning_rate_factors), why="")
     falls, explodes = ["falling_chosen_reward"], ["exploding_gradient"]
 
-    def trial(
-        title: str,
-        method: str,
-        settings: Settings,
-        expected: list[str] | None,
-        *,
-        set: str = "low_edit",
-        spoilt: Sequence[int] = (),
-    ) -> Job:
-        details = {"name": title, "expected": expected, "spoilt_rows": list(spoilt)}
-        name = "-".join(f"{set} {title}".lower().replace(",", "").replace("=", " ").split())
-        return Job("trials", name, seed=seed, set=set, method=method, settings=settings, details=details)
-
-    jobs = []
+    # By what each is, how it runs, and the advice that should come: None where either is right.
+    runs: list[tuple[str, str, Settings, list[str] | None]] = []
     if "dpo" in chosen:
-        plain = replace(chosen["dpo"], why="")
-        jobs += [
-            trial("DPO, high learning rate", "dpo", hard, falls),
+        runs += [
+            ("DPO, high learning rate", "dpo", hard, falls),
             # What the advice names, one at a time, on the same pairs.
-            trial("remedy: loss dpop", "dpop", replace(hard, loss="dpop", options={"lam": size.lam}), []),
-            trial("remedy: margin_clip 1", "dpo", replace(hard, options={"margin_clip": 1.0}), None),
-            trial("remedy: beta a third", "dpo", replace(hard, beta=hard.beta / 3), None),
-            trial("remedy: learning rate a ninth", "dpo", replace(hard, learning_rate=hard.learning_rate / 9), None),
-            *(
-                trial("DPO, spoilt rows", "dpo", plain, explodes, set=name, spoilt=_spoilt(study, plain))
-                for name in SETS
-            ),
+            ("remedy: loss dpop", "dpop", replace(hard, loss="dpop", options={"lam": size.lam}), []),
+            ("remedy: margin_clip 1", "dpo", replace(hard, options={"margin_clip": 1.0}), None),
+            ("remedy: beta a third", "dpo", replace(hard, beta=hard.beta / 3), None),
+            ("remedy: learning rate a ninth", "dpo", replace(hard, learning_rate=hard.learning_rate / 9), None),
         ]
-    if "dpop" in chosen:
-        plain = replace(chosen["dpop"], why="")
-        jobs += [
-            trial("DPOP, spoilt rows", "dpop", plain, explodes, set=name, spoilt=_spoilt(study, plain)) for name in SETS
-        ]
+    runs += [
+        (f"{TITLES[method]}, spoilt rows", method, replace(chosen[method], why=""), explodes)
+        for method in ("dpo", "dpop")
+        if method in chosen
+    ]
+    jobs = []
+    for title, method, settings, expected in runs:
+        spoilt = _spoilt(study, settings) if expected == explodes else []
+        for pair_set in SETS if spoilt else SETS[1:]:
+            details = {"name": title, "expected": expected, "spoilt_rows": spoilt}
+            name = "-".join(f"{pair_set} {title}".lower().replace(",", "").replace("=", " ").split())
+            jobs.append(Job("trials", name, seed=seed, set=pair_set, method=method, settings=settings, details=details))
     return jobs
 
 
@@ -296,19 +250,3 @@ def _parity(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         largest = max(abs(here[step] - there[step]) for step in steps)
         rows.append({"set": name, "seed": seed, "largest_loss_difference": largest, "steps": len(steps)})
     return rows
-
-
-def _environment(workers: int) -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(Path(__file__).parent),
-        "versions": {
-            "python": platform.python_version(),
-            "fastpref": fastpref.__version__,
-            **{name: package_version(name) for name in PACKAGES},
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "processor": processor(),
-        "cpu_cores": cores(),
-        "workers": workers,
-    }

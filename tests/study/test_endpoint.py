@@ -20,8 +20,6 @@ pytest.importorskip("transformers", reason="the study needs fastpref[train]")
 pytest.importorskip("accelerate", reason="the study needs fastpref[train]")
 pytest.importorskip("openai", reason="a judge endpoint needs fastpref[judge]")
 
-from rich.console import Console
-
 from fastpref.benchmarks.study.endpoint import (
     INSTRUCTIONS,
     KEY,
@@ -36,6 +34,7 @@ from fastpref.benchmarks.study.endpoint import (
     summarise,
 )
 from fastpref.benchmarks.study.judging import judge_results
+from fastpref.console import Console
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
 
 SECRET = "sk-test-0123456789-secret"
@@ -439,7 +438,7 @@ def test_a_study_s_answers_are_judged_pair_by_pair_and_nothing_is_asked_twice(st
     }
     server = stub(longer)
     out = io.StringIO()
-    found = judge_results(results, server.endpoint(), tmp_path, Console(file=out, width=200))
+    found = judge_results(results, server.endpoint(), tmp_path, Console(main=True, progress=False, out=out))
     assert [(row["first"], row["second"], row["wins"], row["losses"], row["ties"]) for row in found["pairs"]] == [
         ("dpo", "trl_matched", 0, 4, 0),
         ("dpop", "trl_matched", 4, 0, 0),
@@ -452,5 +451,5 @@ def test_a_study_s_answers_are_judged_pair_by_pair_and_nothing_is_asked_twice(st
     assert all("[Question]\nQ" in text and "Answer:" not in text.split("[Answer A]")[0] for text in asked)
     assert "judge-1 on dpop against trl_matched, standard: 4 wins, 0 losses, 0 ties, 0 unreadable" in out.getvalue()
     before = len(server.bodies)
-    assert judge_results(results, server.endpoint(), tmp_path, Console(file=out)) == found
+    assert judge_results(results, server.endpoint(), tmp_path, Console(main=True, progress=False, out=out)) == found
     assert len(server.bodies) == before == 3 * 4 * 2

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the study needs fastpref[train]")
 pytest.importorskip("datasets", reason="the study needs fastpref[train]")
 pytest.importorskip("rich", reason="the study needs fastpref[train]")
 pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
 
-from rich.console import Console
-
-from fastpref.benchmarks.study import cells, cli, pool
+from fastpref import folders
+from fastpref.benchmarks.study import cells, cli, plots, report
 from fastpref.benchmarks.study.cells import Job, Study, spoil
-from fastpref.benchmarks.study.claim import FolderBusyError, alone, claim, seconds_so_far
 from fastpref.benchmarks.study.methods import Interrupted, order
 from fastpref.benchmarks.study.pairs import SETS
 from fastpref.benchmarks.study.pool import JobError, Pool
+from fastpref.benchmarks.study.reading import Study as ReadStudy
 from fastpref.benchmarks.study.run import FORMAT, _spoilt, run_study
 from fastpref.benchmarks.study.settings import GPT2, SMALL, TINY, Settings, Size, centre
-from fastpref.benchmarks.study.ticks import ticks
+from fastpref.console import Console
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
 from fastpref.training import gradients, loop
@@ -42,40 +42,38 @@ METHODS = ("dpo", "dpop", "sft", "kl_sft", "trl", "trl_matched")
 SIZE = dataclasses.replace(TINY, seeds=(0,), beta_values=(), lam_values=(), alpha_values=())
 
 
-def run(folder: Path, methods: tuple[str, ...] = METHODS, **arguments: Any) -> tuple[dict[str, Any], str]:
-    study = Study(SIZE, UNIVERSITY, folder)
-    claim(study)
-    out = io.StringIO()
-    results = run_study(study, methods=methods, workers=1, console=Console(file=out, width=200), **arguments)
-    return results, out.getvalue()
+def run(folder: Path, **arguments: Any) -> dict[str, Any]:
+    study, console = Study(SIZE, UNIVERSITY, folder), Console(main=True, progress=False)
+    return run_study(study, methods=METHODS, workers=1, console=console, **arguments)
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    """The curves of each run, which go with its folder, and those of the report are most of what a tiny run takes."""
+    patch.setattr(loop, "draw", lambda *arguments: None)
+    patch.setattr(plots, "pictures", lambda study: {})
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        # Each run's own curves, which go with its folder, are most of what a tiny run takes.
-        patch.setattr(loop, "draw", lambda *arguments: None)
-        return folder, *run(folder)
+        without_pictures(patch)
+        return folder, run(folder)
 
 
-def test_one_call_leaves_pairs_results_and_report(ran: tuple[Path, dict[str, Any], str]) -> None:
-    folder, results, said = ran
+def test_one_call_leaves_pairs_results_and_report(ran: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = ran
     assert json.loads((folder / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
-    page = (folder / "README.md").read_text("utf-8")
-    for picture in folder.glob("*.png"):
-        assert picture.name in page
-    assert len(list(folder.glob("*.png"))) >= 4
+    assert (folder / "README.md").read_text("utf-8").startswith("# The study, size tiny\n")
     rows = [json.loads(line) for line in (folder / "pairs/seed-0/low_edit/train.jsonl").open(encoding="utf-8")]
     assert len(rows) == SIZE.train
     assert all(mentions(row["chosen"], UNIVERSITY) and set(row) == {"prompt", "chosen", "rejected"} for row in rows)
-    assert "alignment 14/14" in said
-    assert seconds_so_far(folder) > 0
-    assert not list(folder.glob("run-*"))  # the models of the runs
+    assert results["environment"]["seconds"] > 0
+    assert not list((folder / ".runs").iterdir())  # the models of the runs
 
 
-def test_every_cell_has_its_measures(ran: tuple[Path, dict[str, Any], str]) -> None:
-    _, results, _ = ran
+def test_every_cell_has_its_measures(ran: tuple[Path, dict[str, Any]]) -> None:
+    _, results = ran
     assert {(cell["set"], cell["method"]) for cell in results["cells"]} == {
         (name, method) for name in ("standard", "low_edit") for method in ("base", *METHODS)
     }
@@ -90,9 +88,9 @@ def test_every_cell_has_its_measures(ran: tuple[Path, dict[str, Any], str]) -> N
             assert any("eval_rewards/chosen" in record for record in cell["history"])
 
 
-def test_the_reward_of_the_report_is_that_of_the_loop(ran: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_reward_of_the_report_is_that_of_the_loop(ran: tuple[Path, dict[str, Any]]) -> None:
     """Two ways to one number: the loop's last evaluation, and the scores of the cell."""
-    _, results, _ = ran
+    _, results = ran
     for cell in results["cells"]:
         if cell["method"] not in ("dpo", "dpop"):
             continue
@@ -103,8 +101,8 @@ def test_the_reward_of_the_report_is_that_of_the_loop(ran: tuple[Path, dict[str,
         assert reward == pytest.approx(last["eval_rewards/chosen"], abs=1e-4)
 
 
-def test_settings_are_swept_on_a_seed_of_its_own_and_one_is_taken(ran: tuple[Path, dict[str, Any], str]) -> None:
-    _, results, _ = ran
+def test_settings_are_swept_on_a_seed_of_its_own_and_one_is_taken(ran: tuple[Path, dict[str, Any]]) -> None:
+    _, results = ran
     for method in ("dpo", "dpop", "sft", "kl_sft"):
         rows = [row for row in results["sweep"] if row["method"] == method]
         taken = [row for row in rows if row["chosen"]]
@@ -116,9 +114,9 @@ def test_settings_are_swept_on_a_seed_of_its_own_and_one_is_taken(ran: tuple[Pat
 
 
 def test_trials_say_what_was_expected_and_have_their_spoilt_rows_in_a_late_step(
-    ran: tuple[Path, dict[str, Any], str],
+    ran: tuple[Path, dict[str, Any]],
 ) -> None:
-    _, results, _ = ran
+    _, results = ran
     trials = {(trial["name"], trial["set"]): trial for trial in results["advice_trials"]}
     spoilt = [trials[f"{method}, spoilt rows", name] for method in ("DPO", "DPOP") for name in SETS]
     assert trials["DPO, high learning rate", "low_edit"]["expected"] == ["falling_chosen_reward"]
@@ -139,9 +137,9 @@ def test_the_step_with_the_spoilt_rows_comes_when_its_gradients_are_known(size: 
 
 
 def test_a_trial_that_diverges_is_a_result_with_its_advice_and_not_the_end_of_the_study(
-    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, _ = ran
+    folder, _ = ran
 
     def diverges(config: Any, **options: Any) -> Any:
         path = Path(config.output_dir) / "advice.jsonl"
@@ -165,9 +163,9 @@ def test_a_trial_that_diverges_is_a_result_with_its_advice_and_not_the_end_of_th
 
 
 def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
-    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, results, _ = ran
+    folder, results = ran
     done: list[str] = []
 
     def noted(function: Any) -> Any:
@@ -178,27 +176,57 @@ def test_nothing_is_done_twice_and_a_lost_part_is_done_again(
         return work
 
     monkeypatch.setattr(cells, "_WORK", {kind: noted(function) for kind, function in cells._WORK.items()})
-    monkeypatch.setattr(loop, "draw", lambda *arguments: None)
-    monkeypatch.setattr("fastpref.benchmarks.study.run.write_report", lambda results, folder: folder / "README.md")
-    again, _ = run(folder)
+    without_pictures(monkeypatch)
+    again = run(folder)
     assert done == []
     assert again["cells"] == results["cells"]
     (folder / "cells" / "low_edit-seed-0-dpo.json").unlink()
     damaged = folder / "cells" / "standard-seed-0-sft.json"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     (folder / "draft" / "model" / "config.json").unlink()
-    third, _ = run(folder)
+    third = run(folder)
     assert sorted(done) == ["draft", "low_edit-seed-0-dpo", "standard-seed-0-sft"]
     before, after = ([{**cell, "seconds": 0} for cell in some["cells"]] for some in (results, third))
     assert after == before  # the same seed, the same numbers
     assert third["environment"]["seconds"] > results["environment"]["seconds"]
 
 
-def test_a_judge_that_fails_loses_nothing(
-    ran: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_and_gives_the_same_numbers(
+    ran: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, _ = ran
-    monkeypatch.setattr("fastpref.benchmarks.study.run.write_report", lambda results, folder: folder / "README.md")
+    """Killed twice: while the base is made or just after it, and among the runs of alignment."""
+    code = f"""
+import dataclasses
+import sys
+import torch
+from pathlib import Path
+from fastpref.benchmarks.study.cells import Study
+from fastpref.benchmarks.study.run import run_study
+from fastpref.benchmarks.study.settings import TINY
+from fastpref.console import Console
+if __name__ == "__main__":
+    torch.set_num_threads({torch.get_num_threads()})
+    size = dataclasses.replace(TINY, seeds=(0,), beta_values=(), lam_values=(), alpha_values=())
+    study, console = Study(size, {UNIVERSITY!r}, Path("killed")), Console(main=True, progress=False)
+    run_study(study, methods={METHODS}, workers=1, console=console)
+"""
+    (tmp_path / "study.py").write_text(code)
+    folder = tmp_path / "killed"
+    for until in ("judge.json", "cells/*.json"):
+        with subprocess.Popen([sys.executable, "study.py"], cwd=tmp_path, stderr=subprocess.DEVNULL) as killed:
+            while not list(folder.glob(until)):
+                assert killed.poll() is None
+                time.sleep(0.02)
+            killed.kill()
+    without_pictures(monkeypatch)
+    before, after = ([{**cell, "seconds": 0} for cell in some["cells"]] for some in (ran[1], run(folder)))
+    assert after == before
+
+
+def test_a_judge_that_fails_loses_nothing(ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = ran
+    without_pictures(monkeypatch)
 
     def fails(results: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("no judge today")
@@ -210,14 +238,13 @@ def test_a_judge_that_fails_loses_nothing(
 
 
 def test_report_alone_is_written_anew_from_results(
-    ran: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, results, _ = ran
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")  # those of the page
-    page = (folder / "README.md").read_bytes()
-    (folder / "README.md").unlink()
+    folder, results = ran
+    without_pictures(monkeypatch)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert cli.main(["--report", str(folder)]) == 0
-    assert (folder / "README.md").read_bytes() == page
+    assert (folder / "README.md").read_text(encoding="utf-8") == report.markdown(ReadStudy(results), set())
 
 
 @pytest.mark.parametrize(
@@ -290,22 +317,22 @@ def test_ctrl_c_that_our_loop_takes_for_itself_ends_the_study(tmp_path: Path, mo
 
 
 def test_two_studies_are_not_run_in_one_folder(tmp_path: Path) -> None:
-    (tmp_path / ".ticks-draft").write_text("40%")
-    (tmp_path / "run-abc").mkdir()
-    with alone(tmp_path):
-        assert not list(tmp_path.glob("run-*"))  # of a study that was killed
-        assert ticks(tmp_path) == ""
-        with pytest.raises(FolderBusyError, match=r"a study is running in .*give another folder"), alone(tmp_path):
-            pass
-    with alone(tmp_path):
-        pass
+    study = Study(SIZE, UNIVERSITY, tmp_path)
+    with folders.claim(tmp_path, study.owner), pytest.raises(folders.FolderError, match="in use by another"):
+        run(tmp_path)
 
 
-def test_ticks_of_a_job_that_ends_meanwhile_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".ticks-judge").write_text("15%")
-    there = tmp_path / ".ticks-judge"
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / ".ticks-draft", there])
-    assert ticks(tmp_path) == "judge 15%"
+def test_what_a_killed_study_left_half_done_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is: a study's folder may hold its user's files too."""
+    with folders.claim(tmp_path, Study(SIZE, UNIVERSITY, tmp_path).owner):
+        for name in (".runs/abc/model.bin", "run-notes/mine.txt"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text("x")
+    monkeypatch.setattr(cells, "_WORK", {})
+    with pytest.raises(JobError):
+        run(tmp_path)
+    assert not (tmp_path / ".runs").exists()
+    assert (tmp_path / "run-notes/mine.txt").read_text() == "x"
 
 
 def test_a_full_disk_gives_one_line(
@@ -321,23 +348,37 @@ def test_a_full_disk_gives_one_line(
     assert said == "fastpref study: error: [Errno 28] No space left on device: 'train.jsonl'\n"
 
 
-def test_a_damaged_marker_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".fastpref-study").write_text("{")
-    with pytest.raises(FileExistsError, match=r"\.fastpref-study, which says whose study this is, is damaged"):
-        claim(Study(SIZE, UNIVERSITY, tmp_path))
+@pytest.mark.parametrize("name", ["thesis.tex", "README.md", "judge/model/config.json"])
+def test_a_folder_of_other_files_is_left_as_it_is(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert cli.main(["--size", "tiny", "--output_dir", str(tmp_path)]) == 2
+    assert "give another folder" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_another_study_s_folder_is_not_taken(tmp_path: Path) -> None:
-    claim(Study(SIZE, UNIVERSITY, tmp_path / "one"))
-    claim(Study(SIZE, UNIVERSITY, tmp_path / "one"))
-    with pytest.raises(FileExistsError, match=r"university 'Larkmoor University' .*give another folder"):
-        claim(Study(SIZE, "Fudan University", tmp_path / "one"))
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "thesis.tex").write_text("mine")
-    with pytest.raises(FileExistsError, match="no study wrote"):
-        claim(Study(SIZE, UNIVERSITY, tmp_path / "two"))
-    with pytest.raises(FileExistsError, match="is a file"):
-        claim(Study(SIZE, UNIVERSITY, tmp_path / "two" / "thesis.tex"))
+    with folders.claim(tmp_path, Study(SIZE, UNIVERSITY, tmp_path).owner) as claimed:
+        (tmp_path / "results.json").write_text("{}")
+        claimed.finish()
+    folders.check(tmp_path, Study(SIZE, UNIVERSITY, tmp_path).owner)
+    for other in (Study(SIZE, "Fudan University", tmp_path), Study(SMALL, UNIVERSITY, tmp_path)):
+        with pytest.raises(folders.FolderError, match="give another folder"):
+            folders.check(tmp_path, other.owner)
+
+
+def test_a_report_does_not_replace_a_page_that_no_study_wrote(
+    ran: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ran[0] / "results.json", tmp_path)
+    (tmp_path / "README.md").write_text("my thesis")
+    assert cli.main(["--report", str(tmp_path)]) == 2
+    assert "README.md" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "results.json"]
+    assert (tmp_path / "README.md").read_text() == "my thesis"
 
 
 @pytest.mark.parametrize(
@@ -388,26 +429,6 @@ def test_a_model_whose_positions_do_not_hold_a_prompt_and_an_answer_is_refused_b
     error = capsys.readouterr().err
     assert re.search(r"short/model' has 32 positions, but a prompt of \d+ of its tokens and an answer of 8 need", error)
     assert not (tmp_path / "fastpref-study").exists()
-
-
-def test_a_c_library_that_refuses_the_first_threshold_is_not_given_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second alone would make it ask the system for every piece, as it does at its start."""
-    for taken, calls in ((1, [pool.M_MMAP_THRESHOLD, pool.M_TRIM_THRESHOLD]), (0, [pool.M_MMAP_THRESHOLD])):
-        asked: list[int] = []
-
-        def mallopt(what: int, value: int, asked: list[int] = asked, taken: int = taken) -> int:
-            asked.append(what)
-            return taken
-
-        monkeypatch.setattr(sys, "platform", "linux")
-        monkeypatch.setattr(pool.ctypes, "CDLL", lambda name, mallopt=mallopt: SimpleNamespace(mallopt=mallopt))
-        pool._keep_memory()
-        assert asked == calls
-        monkeypatch.setattr(pool.ctypes, "CDLL", lambda name: object())  # musl
-        pool._keep_memory()
-        monkeypatch.setattr(sys, "platform", "darwin")
-        pool._keep_memory()
-        assert asked == calls
 
 
 def test_a_spoilt_pair_has_a_broken_page_for_one_answer_and_comes_with_its_labels_swapped() -> None:
