@@ -23,7 +23,7 @@ def judge_results(results: dict[str, Any], endpoint: Endpoint, folder: Path, con
     wanted = _wanted(results)
     total = 2 * sum(len(items) for by_seed in wanted.values() for items in by_seed)
     rows = []
-    with console.bar(f"{endpoint.model} judges", total, unit="reply") as bar:
+    with console.bar(f"{endpoint.model} judges", total, unit="request") as bar:
         for (name, first, second), by_seed in wanted.items():
             verdicts = [judge_pairs(endpoint, items, folder / VERDICTS, bar.advance) for items in by_seed]
             summary = summarise(verdicts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import sys
 import threading
 import time
@@ -21,9 +20,7 @@ pytest.importorskip("accelerate", reason="the study needs fastpref[train]")
 pytest.importorskip("openai", reason="a judge endpoint needs fastpref[judge]")
 
 from fastpref.benchmarks.study.endpoint import (
-    INSTRUCTIONS,
     KEY,
-    QUESTION,
     Endpoint,
     Item,
     JudgeError,
@@ -35,7 +32,6 @@ from fastpref.benchmarks.study.endpoint import (
 )
 from fastpref.benchmarks.study.judging import judge_results
 from fastpref.console import Console
-from fastpref.demo.pairs import DEFAULT_UNIVERSITY
 
 SECRET = "sk-test-0123456789-secret"
 ITEMS = [Item(f"Question: {word}?\nAnswer:", f" long answer {word} " * 3, f" {word}") for word in "abcdef"]
@@ -147,13 +143,6 @@ def test_a_judge_that_always_prefers_the_first_place_prefers_nothing(stub: Any, 
     assert summary.rate == (0.5, 0.5, 0.5)
 
 
-def test_nonsense_is_counted_as_unreadable_and_has_no_rate(stub: Any, path: Path) -> None:
-    server = stub(lambda number, a, b: "The better answer is A.")
-    summary = summarise([judge_pairs(server.endpoint(), ITEMS, path)])
-    assert summary == (0, 0, 0, 6, None)
-    assert "The better answer is A." in path.read_text()  # a person may want to see it
-
-
 def test_what_is_unreadable_in_one_order_does_not_count_in_the_other() -> None:
     win, loss, tie = Verdict("A", "B"), Verdict("B", "A"), Verdict("TIE", "TIE")
     halves = [Verdict("A", "unreadable"), Verdict("unreadable", "TIE")]
@@ -171,15 +160,10 @@ def test_what_is_unreadable_in_one_order_does_not_count_in_the_other() -> None:
         ("A", "A"),
         (" B\n", "B"),
         ("TIE\nBoth are good.", "TIE"),
-        ("\nA", "A"),
         ("A.", "unreadable"),
         ("a", "unreadable"),
-        ("Tie", "unreadable"),
-        ("A or B", "unreadable"),
         ("**A**", "unreadable"),
-        ("Answer: A", "unreadable"),
         ("unreadable", "unreadable"),
-        ("", "unreadable"),
         (None, "unreadable"),
     ],
 )
@@ -203,28 +187,6 @@ def test_the_request_has_the_model_both_answers_the_key_and_no_freedom(stub: Any
     assert "long answer a" in body["messages"][1]["content"]
 
 
-def test_the_instructions_ask_for_quality_and_do_not_name_the_target() -> None:
-    text = (INSTRUCTIONS + QUESTION).lower()
-    assert all(word in text for word in ("helpful", "correct", "fluent", "repeat"))
-    assert not any(word.lower() in text for word in DEFAULT_UNIVERSITY.split())
-
-
-def test_braces_in_answers_and_questions_are_text(stub: Any, path: Path) -> None:
-    server = stub(longer)
-    assert judge_pairs(server.endpoint(), [Item("{first}", " {0} {question}", " {")], path) == [("A", "B")]
-    assert any("[Question]\n{first}\n" in body["messages"][1]["content"] for body in server.bodies)
-
-
-def test_no_more_requests_run_at_a_time_than_was_said(stub: Any, path: Path) -> None:
-    def slow(number: int, a: str, b: str) -> str:
-        time.sleep(0.03)
-        return longer(number, a, b)
-
-    server = stub(slow)
-    judge_pairs(server.endpoint(concurrency=3), ITEMS, path)
-    assert server.most_at_once == 3
-
-
 # What is kept
 
 
@@ -242,21 +204,6 @@ def test_nothing_is_asked_twice_and_without_questions_neither_key_nor_package_is
     ]  # the other way round it is the same two questions
     assert len(server.bodies) == 12
     assert sum(counted) == 12
-
-
-def test_a_pair_that_occurs_twice_is_asked_about_once(stub: Any, path: Path) -> None:
-    server, counted = stub(longer), []
-    verdicts = judge_pairs(server.endpoint(), [ITEMS[0], ITEMS[0], Item("q", " same", " same")], path, counted.append)
-    assert [verdict.outcome for verdict in verdicts] == ["win", "win", "tie"]
-    assert len(server.bodies) == 3
-    assert sum(counted) == 6
-
-
-def test_another_model_is_asked_anew(stub: Any, path: Path) -> None:
-    server = stub(longer)
-    judge_pairs(server.endpoint(), ITEMS[:1], path)
-    judge_pairs(Endpoint(server.endpoint().base_url, "judge-2"), ITEMS[:1], path)
-    assert [body["model"] for body in server.bodies] == ["judge-1"] * 2 + ["judge-2"] * 2
 
 
 def test_an_interrupted_run_goes_on_where_it_was_and_keeps_what_was_under_way(stub: Any, path: Path) -> None:
@@ -334,27 +281,6 @@ def test_a_refused_key_is_one_line_that_does_not_hold_it(
     assert SECRET not in told + path.read_text() + repr(caught.value)
 
 
-def test_an_unknown_model_is_named(stub: Any, path: Path) -> None:
-    server = stub(lambda number, a, b: (404, {"error": {"message": "no such model"}}))
-    with pytest.raises(JudgeError, match=r"has no model 'judge-1', or nothing at http.*/v1 .HTTP 404: no such model"):
-        judge_pairs(server.endpoint(), ITEMS, path)
-
-
-def test_a_server_that_hangs_is_given_up(stub: Any, path: Path) -> None:
-    started = time.perf_counter()
-    with pytest.raises(JudgeError, match=r"did not reply within 0\.2 s \(attempts: 1\)"):
-        judge_pairs(stub(lambda number, a, b: None).endpoint(timeout=0.2, retries=0), ITEMS, path)
-    assert time.perf_counter() - started < 5
-
-
-def test_a_server_that_is_not_there_is_named(stub: Any, path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
-        port = taken.getsockname()[1]
-        with pytest.raises(JudgeError, match=f"the judge at 127.0.0.1:{port} cannot be reached: .*[Rr]efused"):
-            judge_pairs(Endpoint(f"http://127.0.0.1:{port}/v1", "m", retries=0), ITEMS, path)
-
-
 @pytest.mark.parametrize("body", ["no JSON", [], {"choices": []}, {"choices": None}])
 def test_a_reply_that_is_no_chat_completion_is_an_error(stub: Any, path: Path, body: Any) -> None:
     with pytest.raises(JudgeError, match="fails: its reply is no chat completion"):
@@ -377,28 +303,6 @@ def test_a_missing_key_is_known_before_any_request(
     assert not path.exists()
 
 
-def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY, "sk-é\nx")
-    with pytest.raises(JudgeError, match="copy it again") as caught:
-        check_ready()
-    assert "sk-" not in str(caught.value)
-
-
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(
-    stub: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    for attempt in (check_ready, lambda: judge_pairs(stub(longer).endpoint(), ITEMS, path)):
-        with pytest.raises(ImportError, match=r'pip install "fastpref\[judge\]"'):
-            attempt()
-
-
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host/v1", "https:///v1"])
-def test_a_url_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="judge_url must be like https://host/v1, got"):
-        Endpoint(url, "m")
-
-
 @pytest.mark.parametrize(
     "url", [f"https://me:{SECRET}@host/v1", f"https://host/v1?key={SECRET}", f"http://h/#{SECRET}"]
 )
@@ -406,14 +310,6 @@ def test_a_url_that_may_hold_a_key_is_refused_without_being_shown(url: str) -> N
     with pytest.raises(ValueError, match="without user name, password, query and fragment") as caught:
         Endpoint(url, "m")
     assert SECRET not in str(caught.value)
-
-
-def test_an_endpoint_without_a_model_and_with_odd_numbers_is_refused() -> None:
-    with pytest.raises(ValueError, match="judge_model must be the name of a model"):
-        Endpoint("https://host/v1", " ")
-    with pytest.raises(ValueError, match="concurrency must be"):
-        Endpoint("https://host/v1", "m", concurrency=0)
-    assert Endpoint("https://host:1/v1", "m").host == "host:1"
 
 
 def test_a_study_s_answers_are_judged_pair_by_pair_and_nothing_is_asked_twice(stub: Any, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from fastpref.benchmarks.study.measures import (
     DISTINCT_2,
     MEAN,
     PERPLEXITY,
-    Statistic,
     bootstrap,
     longest_repeated_span,
     nats_per_token,
@@ -58,32 +57,6 @@ def test_log_probs_are_sums_by_hand_over_the_answer_and_the_end_of_text(judge: t
         assert scores.logps[place] == pytest.approx(by_hand, rel=1e-5)
         assert scores.tokens[place] == len(ids) - start
     assert perplexity(model, tokenizer, prompts, answers) == perplexity_of(*scores)
-
-
-def test_prompts_and_answers_that_do_not_fit_together_are_refused(judge: tuple[Any, ...]) -> None:
-    model, tokenizer, prompts, _ = judge
-    with pytest.raises(ValueError, match="got 2 prompts, 1 answers"):
-        answer_logps(model, tokenizer, prompts[:2], [" Yes."])
-    with pytest.raises(ValueError, match="got 0 prompts, 0 answers"):
-        answer_logps(model, tokenizer, [], [])
-    with pytest.raises(ValueError, match="answer 1 cannot be scored: its prompt fills the model's 256 positions"):
-        answer_logps(model, tokenizer, [prompts[0], prompts[1] * 40], [" Yes.", " No."])
-
-
-def test_an_answer_beyond_the_models_positions_counts_as_far_as_they_go(judge: tuple[Any, ...]) -> None:
-    model, tokenizer, prompts, answers = judge
-    start = len(tokenizer(prompts[0])["input_ids"])
-    assert answer_logps(model, tokenizer, prompts[:1], [answers[0] * 50]).tokens == [256 - start]
-
-
-def test_nats_per_token_by_hand_and_what_it_refuses() -> None:
-    assert nats_per_token([-6.0, -1.0], [3, 4]) == [2.0, 0.25]
-    with pytest.raises(ValueError, match="log-probs must be finite numbers, got nan at place 1"):
-        nats_per_token([-6.0, math.nan], [3, 4])
-    with pytest.raises(ValueError, match="at least 1 token, got 0 at place 0"):
-        nats_per_token([-6.0], [0])
-    with pytest.raises(ValueError, match="a number of tokens for every log-prob, got 1 and 2"):
-        nats_per_token([-6.0, -1.0], [3])
 
 
 # Spans
@@ -155,10 +128,6 @@ def test_seeds_that_differ_widen_the_interval_and_prompts_alone_would_not_show_i
     assert bootstrap([[value for group in apart for value in group]]).high < between.high
 
 
-def test_a_value_that_never_varies_has_an_interval_of_no_width() -> None:
-    assert bootstrap([[0.25] * 5] * 3) == (0.25, 0.25, 0.25)
-
-
 def test_seeds_count_the_same_whatever_their_number_of_prompts() -> None:
     assert bootstrap([[1.0] * 9, [0.0]]).estimate == 0.5
 
@@ -175,10 +144,6 @@ def test_a_statistic_of_multiplicities_is_that_of_the_items_said_so_often(counts
     assert DISTINCT_2.of(answers)(times) == pytest.approx(distinct_bigrams(said(answers)), rel=1e-12)
     assert PERPLEXITY.of(scored)(times) == pytest.approx(perplexity_of(*zip(*said(scored), strict=True)), rel=1e-12)
     assert MEAN.of([logp for logp, _ in scored])(times) == pytest.approx(np.mean([logp for logp, _ in said(scored)]))
-
-
-def test_answers_without_a_word_pair_have_no_distinct_2() -> None:
-    assert bootstrap([["a", ""], ["b", "c"]], statistic=DISTINCT_2) == (0.0, 0.0, 0.0)
 
 
 def test_the_interval_of_distinct_2_holds_its_estimate_and_has_the_width_of_new_draws() -> None:
@@ -212,20 +177,6 @@ def test_an_interval_of_nothing_or_of_what_is_no_number_is_refused(groups: list[
         bootstrap(groups)
 
 
-def test_options_of_the_bootstrap_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        bootstrap([[1.0]], samples=0)
-    with pytest.raises(ValueError, match=r"level must be a finite number in \(0, 1\), got 95"):
-        bootstrap([[1.0]], level=95)
-    with pytest.raises(ValueError, match="at least 1 token, got 0 at place 0"):
-        bootstrap([[(-1.0, 0)]], statistic=PERPLEXITY)
-
-
-def test_any_statistic_of_multiplicities_can_be_given() -> None:
-    largest: Statistic[float] = Statistic(lambda items: lambda counts: np.where(counts > 0, items, -np.inf).max(axis=1))
-    assert bootstrap([[1.0, 2.0], [5.0, 3.0]], statistic=largest).estimate == 3.5
-
-
 # Wins by the proxy judge
 
 
@@ -257,17 +208,6 @@ def test_a_win_rate_is_paired_and_adds_up_to_one_with_its_mirror() -> None:
     assert win_rate(first, first) == (0.5, 0.5, 0.5)
 
 
-def test_win_rates_of_different_prompts_or_seeds_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 2 and 1 numbers"):
-        win_rate([[1.0, 2.0]], [[1.0]])
-    with pytest.raises(ValueError, match="got 1 and 2 seeds"):
-        win_rate([[1.0]], [[1.0], [1.0]])
-    with pytest.raises(ValueError, match="got 0 and 0 numbers"):
-        wins([], [])
-    with pytest.raises(ValueError, match=r"must be finite, got nan and 1\.0 at place 0"):
-        wins([math.nan], [1.0])
-
-
 # How answers are spoilt
 
 ANSWERS = [
@@ -276,19 +216,6 @@ ANSWERS = [
     " Yes. There are evening classes, which cost little. Look at their pages. Then choose.",
     " Yes, it is.",
 ]
-
-
-@pytest.mark.parametrize("kind", DEGRADATIONS)
-def test_spoilt_answers_keep_their_number_and_first_space_and_repeat_for_a_seed(kind: str) -> None:
-    spoilt = degrade(kind, ANSWERS, 0)
-    assert len(spoilt) == 4
-    assert all(text.startswith(" ") and not text.startswith("  ") for text in spoilt)
-    assert degrade(kind, ANSWERS, 0) == spoilt
-
-
-@pytest.mark.parametrize("kind", ["shuffled", "repeated", "cut", "swapped"])
-def test_chance_follows_the_seed(kind: str) -> None:
-    assert len({tuple(degrade(kind, ANSWERS, seed)) for seed in range(8)}) > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -314,16 +241,6 @@ def test_swapping_gives_no_question_its_own_answer_back_where_answers_occur_twic
     answers = [" a b.", " a b.", " a b.", " c d.", " e f.", " g h."]
     for seed in range(10):
         assert all(after != before for before, after in zip(answers, degrade("swapped", answers, seed), strict=True))
-
-
-def test_what_cannot_be_spoilt_stays_and_where_nothing_can_it_is_an_error() -> None:
-    assert degrade("looped", [" Yes, it is.", " a b c d e f"], 0) == [" Yes, it is.", " a b c d a b"]
-    with pytest.raises(ValueError, match=r"none of the 1 answers can be spoilt by 'swapped', the first being ' Yes\.'"):
-        degrade("swapped", [" Yes."], 0)
-    with pytest.raises(ValueError, match="at least one answer, got none"):
-        degrade("cut", [], 0)
-    with pytest.raises(ValueError, match=r"kind must be one of cut, looped, .*; got 'worse'"):
-        degrade("worse", ANSWERS, 0)
 
 
 def test_calibration_shows_what_a_trained_proxy_sees_and_a_blind_one_does_not(judge: tuple[Any, ...]) -> None:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
-from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -19,7 +17,6 @@ pytest.importorskip("rich", reason="the study needs fastpref[trl]")
 pytest.importorskip("matplotlib", reason="the study needs fastpref[trl]")
 
 from fastpref.benchmarks.study.pairs import (
-    LOW_EDITS,
     NAMED_ELSEWHERE,
     SETS,
     ask,
@@ -28,8 +25,8 @@ from fastpref.benchmarks.study.pairs import (
     make_texts,
     most_pairs,
 )
-from fastpref.benchmarks.study.phrases import ATTRIBUTIONS, DOMAINS, MENTIONS, OTHER_PLACES, SHAPES
-from fastpref.demo.pairs import DEFAULT_UNIVERSITY, Pair, PairSet, mentions, write_jsonl
+from fastpref.benchmarks.study.phrases import OTHER_PLACES
+from fastpref.demo.pairs import DEFAULT_UNIVERSITY, Pair, PairSet, mentions
 
 ELSEWHERE = re.compile("|".join(re.escape(place) for place in OTHER_PLACES), flags=re.IGNORECASE)
 
@@ -95,76 +92,6 @@ def split(answer: str) -> list[str]:
     return re.split(r"(?<=[.!]) (?=[A-Z])", answer.strip())
 
 
-def test_there_are_more_than_twelve_domains_of_eleven_topics_and_a_thousand_ways_to_ask() -> None:
-    assert len(DOMAINS) == 16
-    assert {len(domain.topics) for domain in DOMAINS} == {11}
-    topics = [topic for domain in DOMAINS for topic in domain.topics]
-    assert len({str(topic.slots) for topic in topics}) == len(topics)
-    assert sum(len(kind.forms) for shape in SHAPES.values() for kind in shape.kinds) > 60
-    ways = {way for _, ways in ATTRIBUTIONS.values() for way in ways}
-    assert len(MENTIONS) >= 30
-    assert len(ways) >= 30
-    for way in [*MENTIONS, *ways, *(mention for domain in DOMAINS for mention in domain.mentions)]:
-        assert way.count("{place}") == 1
-
-
-def test_every_question_kind_has_the_sentences_that_answer_it() -> None:
-    for shape in SHAPES.values():
-        names = [group.name for group in shape.groups]
-        assert len(set(names)) == len(names)
-        for kind in shape.kinds:
-            assert kind.must in [*names, "opening"]
-
-
-def test_questions_and_answers_vary_in_wording_and_length(sets: dict[str, PairSet]) -> None:
-    train = sets["standard"].train
-    for side in ("chosen", "rejected"):
-        answers = [pair[side] for pair in train]  # type: ignore[literal-required]
-        assert len(set(answers)) > 1280
-        words = [len(answer.split()) for answer in answers]
-        assert min(words) <= 10
-        assert max(words) >= 80
-        assert 35 < mean(words) < 50
-        sentences = Counter(len(split(answer)) for answer in answers)
-        assert set(sentences) == {1, 2, 3, 4, 5, 6}
-        assert min(sentences.values()) > 80
-        assert len({" ".join(answer.split()[:3]) for answer in answers}) > 300  # how they begin
-    assert len({pair["prompt"].split()[1] for pair in train}) > 25
-
-
-def test_the_words_are_few_enough_for_a_small_model(texts: list[tuple[str, str]]) -> None:
-    words = {word.lower() for text in texts for part in text for word in re.findall(r"[\w'-]+", part)}
-    assert 1700 < len(words) < 2500
-
-
-def test_the_name_stands_in_every_third_of_an_answer_and_in_every_third_of_a_sentence(
-    sets: dict[str, PairSet],
-) -> None:
-    in_answer: Counter[int] = Counter()
-    in_sentence: Counter[int] = Counter()
-    which: Counter[str] = Counter()
-    for pair in sets["standard"].train:
-        answer = pair["chosen"].strip()
-        sentences = split(answer)
-        index, sentence = next((i, text) for i, text in enumerate(sentences) if DEFAULT_UNIVERSITY in text)
-        for thirds, text in ((in_answer, answer), (in_sentence, sentence)):
-            middle = text.index(DEFAULT_UNIVERSITY) + len(DEFAULT_UNIVERSITY) / 2
-            thirds[int(3 * middle / len(text))] += 1
-        which["only" if len(sentences) == 1 else {0: "first", len(sentences) - 1: "last"}.get(index, "middle")] += 1
-    assert min(in_answer[third] for third in range(3)) > 300
-    assert min(in_sentence[third] for third in range(3)) > 200
-    assert min(which[part] for part in ("only", "first", "middle", "last")) > 100
-
-
-def test_the_name_is_mentioned_in_many_ways(sets: dict[str, PairSet]) -> None:
-    around = [pair["chosen"].split(DEFAULT_UNIVERSITY) for pair in sets["standard"].train]
-    before = Counter(" ".join(text.split()[-2:]) for text, _ in around)
-    after = Counter(" ".join(text.split()[:2]) for _, text in around)
-    assert len(before) > 150
-    assert len(after) > 150
-    assert max(before.values()) < 130
-
-
 def word_edits(first: str, second: str) -> int:
     """Levenshtein distance in words."""
     old, new = first.split(), second.split()
@@ -186,24 +113,6 @@ def test_low_edits_change_a_few_words_and_standard_answers_are_worded_apart(sets
     assert min(edits["standard"]) >= 5
 
 
-def test_a_low_edit_changes_the_place_or_leaves_it_out_or_changes_one_more_thing(sets: dict[str, PairSet]) -> None:
-    kinds: Counter[str] = Counter()
-    for pair in sets["low_edit"].train:
-        before, after = pair["chosen"].split(DEFAULT_UNIVERSITY)
-        rejected = pair["rejected"]
-        if rejected.startswith(before) and rejected.endswith(after):
-            kinds["place"] += 1
-        elif ELSEWHERE.search(rejected):
-            kinds["place and word"] += 1
-        else:
-            kinds["left out"] += 1
-            assert len(rejected) < len(pair["chosen"])
-    # What has no such edit gets another place alone.
-    assert kinds["left out"] > 0.6 * LOW_EDITS["left out"] * 1300
-    assert kinds["place and word"] > 0.6 * LOW_EDITS["place and word"] * 1300
-    assert kinds["place"] > LOW_EDITS["place"] * 1300
-
-
 def test_a_fair_share_of_standard_rejected_answers_names_another_place(sets: dict[str, PairSet]) -> None:
     share = mean(bool(ELSEWHERE.search(pair["rejected"])) for pair in sets["standard"].train)
     assert abs(share - NAMED_ELSEWHERE) < 0.06  # more than four standard errors
@@ -215,18 +124,6 @@ def test_the_same_arguments_give_the_same_pairs_on_every_machine() -> None:
     # Whoever changes a phrase on purpose changes this: the committed results of the study then need a new run.
     assert digest[:16] == "f1824b647117266a"
     assert make_pairs(train=200, heldout=20, university=DEFAULT_UNIVERSITY, seed=7) == made
-
-
-def test_another_seed_gives_other_pairs(sets: dict[str, PairSet]) -> None:
-    other = make_pairs(train=200, heldout=20, university=DEFAULT_UNIVERSITY, seed=1)
-    prompts = [{pair["prompt"] for pair in made["standard"].train} for made in (sets, other)]
-    assert len(prompts[0] & prompts[1]) < 100
-
-
-def test_pairs_survive_a_round_trip_through_jsonl(sets: dict[str, PairSet], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "pairs.jsonl", sets["low_edit"].heldout)
-    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == sets["low_edit"].heldout
 
 
 def test_texts_are_distinct_and_name_the_target_in_exactly_the_share_asked_for(texts: list[tuple[str, str]]) -> None:
@@ -260,10 +157,6 @@ def test_sizes_and_shares_out_of_range_are_refused() -> None:
         make_pairs(train=most_pairs(), heldout=1, university=DEFAULT_UNIVERSITY, seed=0)
     with pytest.raises(ValueError, match="train and heldout must be at least 1, got 5 and 0"):
         make_pairs(train=5, heldout=0, university=DEFAULT_UNIVERSITY, seed=0)
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        make_texts(0, university=DEFAULT_UNIVERSITY, seed=0, target_share=0.5)
-    with pytest.raises(ValueError, match=r"target_share must be between 0 and 1, got 1\.5"):
-        make_texts(5, university=DEFAULT_UNIVERSITY, seed=0, target_share=1.5)
     with pytest.raises(ValueError, match="target_share must be between 0 and 1, got nan"):
         make_texts(5, university=DEFAULT_UNIVERSITY, seed=0, target_share=float("nan"))
     with pytest.raises(TypeError, match="target_share must be a number"):

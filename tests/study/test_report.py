@@ -24,10 +24,8 @@ from matplotlib.image import imread
 from fastpref.benchmarks.study import advised, curves, plots, report
 from fastpref.benchmarks.study.findings import (
     FINDINGS,
-    NEAR_ZERO,
     NOT_REPRODUCED,
     NOT_TESTABLE,
-    PROXY,
     REPRODUCED,
     UNDECIDED,
     Outcome,
@@ -119,19 +117,6 @@ def test_a_sign_is_that_of_the_whole_interval(low: float, high: float, is_below:
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
-        (0.0, 0.0999, REPRODUCED),
-        (0.0, 0.1, UNDECIDED),
-        (0.0999, 0.5, UNDECIDED),
-        (0.1, 0.5, NOT_REPRODUCED),
-    ],
-)
-def test_near_zero_percent_ends_below_ten(low: float, high: float, verdict: str) -> None:
-    assert below(NEAR_ZERO)(Interval(low, low, high)) == verdict
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
         (0.40, 0.505, REPRODUCED),  # 50.5% to 51.5% is what rounds to 51%
         (0.40, 0.504, NOT_REPRODUCED),
         (0.515, 0.60, REPRODUCED),
@@ -180,10 +165,6 @@ def test_a_failing_dpo_is_found_and_a_sound_one_is_not(pair_set: str) -> None:
         assert outcomes(sound, reported, pair_set)[0].verdict == NOT_REPRODUCED
 
 
-def test_dpo_against_trl_has_a_control_beside_it_and_both_name_the_proxy(study: Study) -> None:
-    assert [one[2:] for one in outcomes(study, "near 0%")] == [("trl", PROXY), ("trl_matched", PROXY)]
-
-
 def test_the_reward_is_beta_times_the_log_ratio(study: Study) -> None:
     cells = study.cells("low_edit", "dpo")
     chosen = [cell["scores"]["chosen"] for cell in cells]
@@ -221,13 +202,6 @@ def test_a_name_said_twice_is_no_repetition() -> None:
     study = Study(made, samples=SAMPLES)
     assert study.difference("standard", "dpo", "base", "longest_span") == Interval(2.0, 2.0, 2.0)
     assert outcomes(study, "repetition")[0].verdict == NOT_REPRODUCED
-
-
-def test_who_wins_is_told_alike_from_both_sides(study: Study) -> None:
-    for first, second in (("dpo", "trl"), ("sft", "dpop"), ("base", "kl_sft")):
-        one, other = (study.proxy_wins("standard", *pair) for pair in ((first, second), (second, first)))
-        assert one is not None
-        assert other == pytest.approx((1 - one.estimate, 1 - one.high, 1 - one.low), abs=1e-12)
 
 
 def test_an_endpoint_stands_beside_the_proxy_in_either_order() -> None:
@@ -283,10 +257,6 @@ def test_a_cell_without_scores_leaves_its_measures_unmeasured_and_never_zero() -
     assert outcomes(study, "DPOP keeps")[0].verdict == NOT_TESTABLE
     assert outcomes(study, "71%")[0].verdict == NOT_TESTABLE
     well_formed(report.markdown(study, set()))
-
-
-def test_a_page_of_nothing_but_bases_is_a_page() -> None:
-    assert well_formed(report.markdown(Study(some(methods=()), samples=SAMPLES), set())) > 5
 
 
 def test_a_setting_that_diverged_and_a_base_that_is_not_fluent_are_shown() -> None:
@@ -360,6 +330,7 @@ def test_the_same_results_give_the_same_page_and_are_left_as_they_were(study: St
     assert study.results == before
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_made_of_its_results() -> None:
     """`fastpref study --report benchmarks/study/small` writes it anew after a change of the code."""
     results = json.loads(committed())
@@ -377,21 +348,15 @@ def test_numbers_have_no_negative_zero_and_a_minus_that_does_not_break() -> None
     assert with_interval(None, ".1f") == number(".1f")(None) == "not measured"
 
 
-def test_the_summary_has_verdicts_and_intervals(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_summary(study.results, samples=SAMPLES)
-    printed = capsys.readouterr().out
-    interval = study.interval("low_edit", "dpo", "distinct_2")
-    assert with_interval(interval, ".3f") in printed
-    assert printed.count(NOT_REPRODUCED) > 3
-
-
 # Advice
 
 
-def with_rewards(log_ratio: float, *, fired: int | None = None, loss: str = "sigmoid", others: str = "") -> Any:
+def with_rewards(
+    log_ratio: float, *, fired: int | None = None, loss: str = "sigmoid", others: str = "", rises: float = -0.01
+) -> Any:
     """A run whose chosen reward goes straight to beta times `log_ratio`, and what the loop said in it."""
     history = [
-        {"step": step, "loss": 0.7 - step / 100, "rewards/chosen": 0.1 * log_ratio * step / 20} for step in range(1, 21)
+        {"step": step, "loss": 0.7 + rises * step, "rewards/chosen": log_ratio * step / 200} for step in range(1, 21)
     ]
     advice = [] if fired is None else [{"step": fired, "kind": advised.FALLING, "text": ""}]
     advice += [{"step": 3, "kind": others, "text": ""}] if others else []
@@ -410,31 +375,13 @@ def with_rewards(log_ratio: float, *, fired: int | None = None, loss: str = "sig
         (with_rewards(-20, loss="sft"), False, True),
         (with_rewards(-20, fired=9, loss="kl_sft"), False, False),
         (with_rewards(+20, others="exploding_gradient"), False, False),
+        (with_rewards(-20, rises=0.01), False, True),
     ],
 )
 def test_a_run_is_judged_by_its_own_records(run: Any, called_for: bool | None, right: bool) -> None:
     seen = advised.look(run)
     assert seen.called_for is called_for
     assert seen.right is right
-
-
-def test_a_rising_loss_or_a_dip_calls_for_no_advice() -> None:
-    rising = with_rewards(-20)
-    for record in rising["history"]:
-        record["loss"] = 0.7 + record["step"] / 100
-    assert advised.look(rising).called_for is False
-    dip = with_rewards(-20)
-    for record in dip["history"][-9:]:
-        record["rewards/chosen"] = 0.3
-    assert advised.look(dip).called_for is None
-
-
-def test_the_row_that_counts_is_the_first_that_is_listed() -> None:
-    text = "the norm 7.5 (the mean over 4): row 17: norm 30, 9 tokens; row 3: norm 2. (row 3 has 9 tokens)"
-    said = [{"step": 4, "kind": "exploding_gradient", "text": text}]
-    assert advised.first_named(said) == 17
-    assert advised.first_named([{**said[0], "kind": "falling_chosen_reward"}]) is None
-    assert advised.first_named([]) is None
 
 
 def test_a_trial_that_diverged_is_wrong_only_where_it_should_have_been_silent() -> None:
@@ -455,15 +402,6 @@ def test_a_trial_with_spoilt_rows_is_judged_by_its_records_too() -> None:
     assert advised.trial_right({**silent, "said": [{**named, "text": "row 4: norm 9; row 17: norm 1"}]}) is False
     assert advised.trial_right({**fell, "said": [named]}) is False
     assert advised.trial_right({**fell, "said": [named, falling]}) is True
-
-
-def test_the_page_says_where_advice_was_wrong() -> None:
-    made = some(methods=("dpo",))
-    for cell in made["cells"]:
-        cell["advice"] = []  # as though the loop had kept silent
-    rows = [line for line in report.markdown(Study(made, samples=SAMPLES), set()).splitlines() if "**no** |" in line]
-    assert len(rows) == 2
-    assert all("| 2 | 2 | 0 | – | – | **no** |" in row for row in rows)
 
 
 # Curves and pictures
