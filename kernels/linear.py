@@ -17,14 +17,11 @@ the row's place in it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .transform import factors_of, on_device, scaled, tanh
 
 # Not swept on a GPU yet. `fold` holds a row in registers: 16 float32 a thread are four loads of 16 bytes in flight, and
@@ -356,56 +353,3 @@ def row_block(columns: int) -> int:
 
 def fold_warps(block: int, threads_per_warp: int = THREADS_PER_WARP) -> int:
     return max(1, block // (ROW_PER_THREAD * threads_per_warp))
-
-
-def _compile_cases() -> list[CompileCase]:
-    """C = 4096: values alone, values with every extra, keeping; an odd C at an odd stride in the widest row, with all.
-
-    Both gradients of both, the one from logits with the entropy's too.
-    """
-    values = {"x": "*fp32:16", "labels": "*i64", "start": "i32"}
-    values |= dict.fromkeys(["inner", "inner_low", "outer", "outer_low"], "fp32")
-    values |= dict.fromkeys(["maximum", "total", "target"], "*fp32")
-    folding = {**values, "keep_scale": "fp32"}
-    keeping = {**folding, "rescale": "*fp32", "out": "*{dtype}:16"}
-    kept = {"kept": "*{dtype}:16", "labels": "*i64", "start": "i32", "rowscale": "*fp32", "own": "*fp32"}
-    kept |= {"out": "*{dtype}:16"}
-    logits = {name: kind for name, kind in (values | kept).items() if name not in ("total", "target", "kept")}
-    biased = {"bias": "*{dtype}:16"}
-    more = dict.fromkeys(["weighted", "squares", "sum_z"], "*fp32")
-    no_more: dict[str, Any] = dict.fromkeys(more)
-    even = dict.fromkeys(["C", "stride", "out_stride"], "i32:16")
-    odd = dict.fromkeys(["C", "stride", "out_stride"], "i32")
-    plain: dict[str, Any] = {"HAS_SOFTCAP": False, "EXACT": True, "bias": None}
-    capped: dict[str, Any] = {"HAS_SOFTCAP": True, "EXACT": False}
-
-    nothing: dict[str, Any] = {"out": None, "rescale": None}
-
-    cases = []
-    for columns, signature, constants, note in (
-        (4096, folding | biased | even, capped | nothing | no_more, "C % 16 == 0, bias, softcap, values"),
-        (4096, folding | biased | even | more, capped | nothing, "C % 16 == 0, bias, softcap, values and extras"),
-        (4096, keeping | even, plain | no_more, "C % 16 == 0, keeping"),
-        (MAX_COLUMNS, keeping | biased | odd, capped | no_more, "odd C, bias, softcap, keeping"),
-        (MAX_COLUMNS, keeping | biased | odd | more, capped, "odd C, bias, softcap, keeping, extras"),
-    ):
-        block = row_block(columns)
-        warps: dict[str, Any] = {"num_warps": fold_warps(block, 32), "hip_num_warps": fold_warps(block, 64)}
-        cases.append(CompileCase(fold_kernel, signature, {**constants, "BLOCK": block}, note=note, **warps))
-    warps = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
-    block_of = {"BLOCK": BLOCK}
-    cases += [
-        CompileCase(gradient_from_kept_kernel, kept | even, block_of, note="C % 16 == 0", **warps),
-        CompileCase(gradient_from_kept_kernel, kept | odd, block_of, note="odd C", **warps),
-    ]
-    for signature, constants, note in (
-        (logits | even, plain | {"tilt": None}, "C % 16 == 0"),
-        (logits | even | {"tilt": "*fp32"}, plain, "C % 16 == 0, entropy"),
-        (logits | biased | odd, capped | {"tilt": None}, "odd C, bias, softcap"),
-        (logits | biased | odd | {"tilt": "*fp32"}, capped, "odd C, bias, softcap, entropy"),
-    ):
-        cases.append(CompileCase(gradient_from_logits_kernel, signature, constants | block_of, note=note, **warps))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

@@ -14,15 +14,12 @@ outer·tanh(inner·x).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
-from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label, transformed
+from .rows import UNSPECIALISED, mask_bytes, scored_label, transformed
 from .transform import factors_of, on_device
 
 # Not swept on a GPU yet. 4 warps of 32 threads with 8 bfloat16 each make the 1024; DEPTH 4 keeps 64 bytes a thread in
@@ -167,16 +164,3 @@ def token_logps_forward(
             num_warps=num_warps,
         )
     return logps, row_max, row_sum
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-    for note, softcap, arguments in row_arguments():
-        forward = {**arguments, **dict.fromkeys(["row_max", "row_sum", "logps"], "*fp32:16")}
-        sizes = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap, "WIDTH": WIDTH, "DEPTH": DEPTH}
-        warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
-        cases.append(CompileCase(token_logps_forward_kernel, forward, sizes, note=note, **warps))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

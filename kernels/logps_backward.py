@@ -5,16 +5,13 @@ Letters as in logps.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .logps import HIP_NUM_WARPS, NUM_WARPS
-from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label
+from .rows import UNSPECIALISED, mask_bytes, scored_label
 from .transform import factors_of, on_device, scaled, tanh
 
 # There is nothing to reduce; the tile is small so that element-wise addresses (odd V) fit the registers.
@@ -237,28 +234,3 @@ def token_logps_backward(
             num_warps=num_warps,
         )
     return out
-
-
-def _compile_cases() -> list[CompileCase]:
-    cases = []
-    for note, softcap, arguments in row_arguments():
-        pointers = dict.fromkeys(["row_max", "row_sum", "grad", "bonus", "entropy"], "*fp32:16")
-        backward = {**arguments, **pointers, "out": "*{dtype}:16"}
-        backward |= {f"out_{name}": arguments[name] for name in ("stride_b", "stride_t")}
-        backward |= {f"{name}_stride_{axis}": "i32" for name in ("grad", "bonus") for axis in "bt"}
-        sizes = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap, "BLOCK": BLOCK}
-        warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
-        cases += [
-            CompileCase(
-                token_logps_backward_kernel,
-                backward,
-                {**sizes, "ENTROPY": entropy},
-                note=note + ", entropy" * entropy,
-                **warps,
-            )
-            for entropy in (False, True)
-        ]
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

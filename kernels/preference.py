@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
-
 # B is a few to a few thousand: one block of one warp for the usual batch. There is nothing here to tune.
 BLOCK = 256
 NUM_WARPS = 1
@@ -135,24 +133,3 @@ def launch_margin_loss(
             num_warps=NUM_WARPS,
         )
     return outputs  # type: ignore[return-value]
-
-
-_OUTPUTS = ("losses", "chosen_rewards", "rejected_rewards", "penalty", "d_chosen", "d_rejected")
-COMPILE_CASES = [
-    CompileCase(
-        _margin_loss_kernel,
-        {
-            **{"policy_chosen": "*fp32:16", "ref_chosen": "*fp32:16"},
-            **{"policy_rejected": f"*fp32{align}", "ref_rejected": f"*fp32{align}"},
-            **dict.fromkeys(_OUTPUTS, "*fp32:16"),
-            "size": f"i32{align}",
-            **dict.fromkeys(("beta", "scale", "lam", "tilt", "target", "clip"), "fp32"),
-        },
-        {"SHAPE": shape, "BLOCK": BLOCK},
-        num_warps=NUM_WARPS,
-        note=f"{shape}, {'B % 16 == 0' if align else 'second half of an odd batch'}",
-    )
-    for shape in ("logistic", "hinge", "square")
-    for align in (":16", "")
-    if align or shape == "logistic"
-]

@@ -5,8 +5,6 @@ Letters: row t of a sequence predicts the label at `position` t + shift.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -40,17 +38,3 @@ def scored_label(labels, mask, position, inside, ignore_index, mask_offset, HAS_
 def mask_bytes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
     """The mask as bytes; without one any pointer will do, it is not read."""
     return (labels, (0, 0)) if mask is None else (mask.view(torch.uint8), mask.stride())
-
-
-def row_arguments() -> Iterator[tuple[str, bool, dict[str, str]]]:
-    """For compile cases: a note, whether there is a softcap, and the types of what all these kernels take.
-
-    V is a multiple of 16 or GPT-2's odd one, and logits have 2³¹ elements and more (64-bit strides).
-    """
-    pointers = {"logits": "*{dtype}:16", "labels": "*i64:16", "mask": "*u8:16"}
-    factors = dict.fromkeys(["inner", "inner_low", "outer", "outer_low"], "fp32")
-    for divisible, softcap in ((True, False), (False, False), (True, True)):
-        note = ("V % 16 == 0" if divisible else "odd V") + ", softcap" * softcap
-        end = ":16" if divisible else ""
-        sizes = {"V": "i32" + end, "stride_b": "i64" + end, "stride_t": "i32" + end}
-        yield note, softcap, {**pointers, **dict.fromkeys(UNSPECIALISED, "i32"), **factors, **sizes}

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
-
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -113,25 +111,3 @@ def sequence_reduce(
             num_warps=NUM_WARPS,
         )
     return values, lengths
-
-
-COMPILE_CASES = [
-    CompileCase(
-        sequence_reduce_kernel,
-        {
-            **{
-                "logps": "*fp32:16",
-                "labels": "*i64:16",
-                "mask": "*u8:16",
-                "values": "*fp32:16",
-                "lengths": "*i64:16",
-            },
-            **{"cu_seqlens": "*i32:16", "T": "i32", "shift": "i32", "ignore_index": "i32"},
-            **{f"{name}_stride_{axis}": "i32" for name in ("logps", "labels", "mask") for axis in "bt"},
-        },
-        {"PACKED": packed, "HAS_MASK": True, "MEAN": True, "BLOCK": BLOCK},
-        num_warps=NUM_WARPS,
-        note="packed" if packed else "padded",
-    )
-    for packed in (False, True)
-]

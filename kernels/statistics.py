@@ -6,16 +6,13 @@ split over processes: it may be all −inf, and its label may be elsewhere.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .logps import DEPTH, HIP_NUM_WARPS, NUM_WARPS, WIDTH
-from .rows import UNSPECIALISED, mask_bytes, row_arguments, scored_label, transformed
+from .rows import UNSPECIALISED, mask_bytes, scored_label, transformed
 from .transform import factors_of, on_device
 
 # Three more numbers a column: with a DEPTH of 4 an odd V leaves a compute unit of AMD's 8 wavefronts for want of
@@ -181,19 +178,3 @@ def row_statistics(
             num_warps=num_warps,
         )
     return tuple(out)
-
-
-def _compile_cases() -> list[CompileCase]:
-    outputs = dict.fromkeys(["maximum", "total", "target", "weighted_sum", "squares_sum", "z_sum"], "*fp32:16")
-    warps: dict[str, Any] = {"num_warps": NUM_WARPS, "hip_num_warps": HIP_NUM_WARPS}
-    cases = []
-    for place, (note, softcap, arguments) in enumerate(row_arguments()):
-        for sums in (True, False) if place == 0 else (True,):
-            sizes: dict[str, Any] = {"HAS_MASK": True, "HAS_SOFTCAP": softcap, "EXACT": not softcap, "SUMS": sums}
-            sizes |= {"WIDTH": WIDTH, "DEPTH": SUMS_DEPTH if sums else DEPTH}
-            text = note + ", sums" * sums
-            cases.append(CompileCase(row_statistics_kernel, {**arguments, **outputs}, sizes, note=text, **warps))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()

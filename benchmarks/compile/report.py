@@ -8,22 +8,16 @@ code is 1, if it spills or has a stack, asks for more shared memory than the GPU
 warps than occupancy.py demands, or has narrow accesses where its case promises wide ones. `--markdown` writes the page
 COMPILED.md, from all kernels, GPUs and dtypes.
 
-The protocol for a kernel's module: next to its launcher stands a list named `COMPILE_CASES`, built from the
-**same constants** that the launcher passes, so that what is compiled here is what is launched there:
+The cases stand in kernels/compile_cases.py, in a list named `COMPILE_CASES`, built from the **same constants** that the
+launchers pass, so that what is compiled here is what is launched there:
 
-    from .compile_case import CompileCase
-
-    BLOCK, NUM_WARPS = 4096, 8          # the launcher: _forward[(n,)](..., BLOCK=BLOCK, num_warps=NUM_WARPS)
-
-    COMPILE_CASES = [
-        CompileCase(
-            kernel=_forward,
-            signature={"logits": "*{dtype}:16", "labels": "*i64:16", "logps": "*fp32:16",
-                       "stride": "i64", "vocab": "i32", "scale": "fp32"},
-            constexprs={"BLOCK": BLOCK, "HAS_CAP": False},
-            num_warps=NUM_WARPS,
-        ),
-    ]
+    CompileCase(
+        kernel=forward_kernel,  # its launcher: forward_kernel[(n,)](..., BLOCK=BLOCK, num_warps=NUM_WARPS)
+        signature={"logits": "*{dtype}:16", "labels": "*i64:16", "logps": "*fp32:16",
+                   "stride": "i64", "vocab": "i32", "scale": "fp32"},
+        constexprs={"BLOCK": BLOCK, "HAS_CAP": False},
+        num_warps=NUM_WARPS,
+    )
 
 - `kernel` is the `@triton.jit` function. `signature` and `constexprs` together name each argument once.
 - `signature` maps the arguments that are not `tl.constexpr` to types in Triton's spelling: `*bf16` a pointer,
@@ -41,13 +35,14 @@ The protocol for a kernel's module: next to its launcher stands a list named `CO
   moves 16 bytes a thread.
 - `note` tells two cases of one kernel apart in the table: `note="stride % 16 == 0"`.
 
-Modules are found by themselves. Each kernel with a grid (`program_id` in its source) that a `kernels/*.py`
-defines must be named by a case of that module: one that is not fails. Helpers that kernels call need no case.
+Each kernel with a grid (`program_id` in its source) that a module of the list's package defines must be named by a
+case: one that is not fails. Helpers that kernels call need no case.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import json
@@ -60,15 +55,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from fastpref.folders import FolderError, check_file
-from fastpref.kernels.compile_case import DTYPES, CompileCase
+from fastpref.kernels.compile_cases import DTYPES, CompileCase
 
 from .machine_code import MachineCode, read_amdgcn, read_cubin
 from .occupancy import ARCHS, Arch, Occupancy, occupancy
 from .table import Row, format_markdown, format_table
 
+CASES = "fastpref.kernels.compile_cases"
 WIDE = 16  # bytes: the most that one thread moves at once before sm_100
 NO_CODE = MachineCode(0, 0, 0, 0, {}, {}, [], [])
 
@@ -82,27 +79,31 @@ class Job(NamedTuple):
     dtype: str
 
 
-def find_modules() -> list[str]:
-    """The modules of fastpref.kernels."""
-    import fastpref.kernels
-
-    return [f"fastpref.kernels.{m.name}" for m in pkgutil.iter_modules(fastpref.kernels.__path__)]
-
-
+@functools.cache
 def load_cases(module: str) -> list[CompileCase]:
     """The module's cases; ValueError where a kernel with a grid has none or a case does not fit."""
     from triton.runtime.jit import JITFunction
 
     loaded = importlib.import_module(module)
-    cases = list(getattr(loaded, "COMPILE_CASES", []))
+    cases = list(loaded.COMPILE_CASES)
     for case in cases:
         _check_case(module, case, JITFunction)
     named = {id(case.kernel) for case in cases}
-    for name, value in vars(loaded).items():
-        own = isinstance(value, JITFunction) and value.fn.__module__ == loaded.__name__
-        if own and "program_id" in inspect.getsource(value.fn) and id(value) not in named:
-            raise ValueError(f"{module}.{name} is a kernel, and no case in {module}.COMPILE_CASES names it: add one")
+    for neighbour in _neighbours(loaded):
+        for name, value in vars(neighbour).items():
+            own = isinstance(value, JITFunction) and value.fn.__module__ == neighbour.__name__
+            if own and "program_id" in inspect.getsource(value.fn) and id(value) not in named:
+                place = f"{neighbour.__name__}.{name}"
+                raise ValueError(f"{place} is a kernel, and no case in {module}.COMPILE_CASES names it: add one")
     return cases
+
+
+def _neighbours(module: ModuleType) -> list[ModuleType]:
+    """The modules of its package, itself among them; itself where it is in none."""
+    if not module.__package__:
+        return [module]
+    package = importlib.import_module(module.__package__)
+    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
 
 
 def _check_case(module: str, case: CompileCase, jit_function: Any) -> None:
@@ -165,7 +166,7 @@ def compile_job(job: Job) -> Row:
         )
         problem = "; ".join(_problems(case, arch, code, shared, resident, compiled.asm["ttir"]))
     return Row(
-        job.module,
+        case.kernel.fn.__module__,
         case.kernel.__name__,
         case.note,
         job.arch,
@@ -226,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpref.benchmarks.compile.report", description="What each kernel compiles to."
     )
-    parser.add_argument("--module", nargs="+", help="modules with COMPILE_CASES (default: those of fastpref.kernels)")
+    parser.add_argument(
+        "--module", nargs="+", default=[CASES], help="modules with COMPILE_CASES (default: %(default)s)"
+    )
     parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels")
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
@@ -244,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_file(options.markdown, mark="python -m fastpref.benchmarks.compile.report", option="--markdown")
     except FolderError as error:
         parser.error(str(error))
-    jobs = list_jobs(options.module or find_modules(), archs=options.arch, dtypes=options.dtype, kernels=options.kernel)
+    jobs = list_jobs(options.module, archs=options.arch, dtypes=options.dtype, kernels=options.kernel)
     rows = compile_all(jobs, processes=max(1, options.jobs))
     print(format_table(rows))
     failed = sum(bool(row.problem) for row in rows)
