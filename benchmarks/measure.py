@@ -2,16 +2,12 @@
 
 Time on a GPU is between two CUDA events, behind a short sleep that lets the host run ahead, as it does in a training
 step; on a CPU it is the wall clock. Memory on a GPU is the allocator's peak beyond what was allocated before; on a CPU
-memory_worker.py measures it in a process of its own.
+worker.py measures it in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -19,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import results
 
 # About half a millisecond: longer than Python takes to enqueue a forward and a backward.
 SLEEP_CYCLES = 1_000_000
@@ -107,6 +105,14 @@ def copy_bandwidth(device: str, size: int) -> float:
     return 2 * size / median(timer.seconds()) / 1e9
 
 
+def head_of(device: str, device_class: str, copied: int) -> results.File:
+    """The head of a results file, with the bandwidth of a copy of so many bytes."""
+    copy = copy_bandwidth(device, copied)
+    if is_gpu(device):
+        torch.cuda.empty_cache()  # other processes want it
+    return results.environment(device, device_class, copy)
+
+
 def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> dict[str, int]:
     """The allocator's peak beyond what is there before the call, and the gradients' part of it."""
     torch.cuda.synchronize()
@@ -115,50 +121,18 @@ def peak_on_gpu(call: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> 
     gradients = call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    fresh = gradient_bytes(gradients, inputs)
-    return {"peak_bytes": peak, "gradient_bytes": fresh, "peak_beyond_gradient_bytes": peak - fresh}
+    own = size_of(fresh(gradients, inputs))
+    return {"peak_bytes": peak, "gradient_bytes": own, "peak_beyond_gradient_bytes": peak - own}
 
 
-def tensors_of(inputs: Sequence[Any]) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor)]
+def fresh(gradients: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """Those that have memory of their own; one written over its input has none."""
+    taken = {x.data_ptr() for x in inputs if isinstance(x, Tensor)}
+    return [g for g in gradients if g.data_ptr() not in taken]
 
 
-def gradient_bytes(gradients: Sequence[Tensor], inputs: Sequence[Any]) -> int:
-    """Bytes of gradients that have memory of their own; one written over its input has none."""
-    taken = {x.data_ptr() for x in tensors_of(inputs)}
-    return sum(g.numel() * g.element_size() for g in gradients if g.data_ptr() not in taken)
-
-
-class MemoryWorker:
-    """Asks memory_worker.py, started at the first question, what a call takes on the CPU."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, suite: str, case: Any, provider: str, mode: str, *, warm: bool = True) -> dict[str, int]:
-        """`warm=False` weighs the first call on these inputs: for one that takes long and compiles nothing."""
-        if self.process is None:
-            command = [sys.executable, str(Path(__file__).with_name("memory_worker.py"))]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        question = {"suite": suite, "case": asdict(case), "provider": provider, "mode": mode, "warm": warm}
-        to_worker, from_worker = self.process.stdin, self.process.stdout
-        if to_worker is None or from_worker is None:
-            raise RuntimeError("memory_worker.py was started without pipes")
-        print(json.dumps(question), file=to_worker, flush=True)
-        line = from_worker.readline()
-        if not line:
-            code, self.process = self.process.wait(), None
-            raise MemoryError(f"the process that measures memory ended with code {code}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"while its memory was measured: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait(timeout=60)
-            self.process = None
+def size_of(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -143,7 +143,7 @@ part environment 20 bash -c environment
 if [ -n "$training" ]; then
     part training 300 "$python" -m fastpref.benchmarks.training --class "$class" --device "$device" --seconds 280 \
         --json "$out/training.json"
-    part longest-training 190 "$python" -m fastpref.benchmarks.training_longest --device "$device" --seconds 175 \
+    part longest-training 190 "$python" -m fastpref.benchmarks.longest --training --device "$device" --seconds 175 \
         "${within_training[@]}" --json "$out/longest-training.json"
 else
     part tests 155 env OMP_NUM_THREADS=2 "$python" -m pytest "${tests[@]}" \

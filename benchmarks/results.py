@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastpref.environment import record
 
 SCHEMA = 2
 PACKAGES = (
@@ -29,33 +29,37 @@ File = dict[str, Any]
 
 def environment(device: str, device_class: str, copy_gb_per_s: float) -> File:
     """The head of a file; `complete` becomes true when the run ends by itself."""
-    import torch
-
-    from fastpref.environment import commit, package_version
-
+    found = record(PACKAGES, folder=Path(__file__).parent)
+    on_gpu = device.startswith("cuda")
     return {
         "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__).parent),
-        "device": _device_name(device),
+        **found,
+        "device": found["gpus"][0] if on_gpu else found["cpu"],
         "device_class": device_class,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "versions": {name: package_version(name) for name in PACKAGES},
         "copy_gb_per_s": copy_gb_per_s,
         "complete": False,
     }
 
 
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
+class Store:
+    """The rows of a run, kept in `path`, if one is given, one by one: what interrupts a run costs the row under way."""
 
-        return torch.cuda.get_device_name(device)
-    from fastpref.environment import processor
+    def __init__(self, path: Path | None, head: File) -> None:
+        self.path, self.head = path, head
+        self.rows: list[Row] = []
+        self.skipped: list[Row] = []
 
-    return processor()
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.save()
+
+    def skip(self, suite: str, case: str, mode: str, provider: str, reason: str) -> None:
+        self.skipped.append({"suite": suite, "case": case, "mode": mode, "provider": provider, "reason": reason})
+        self.save()
+
+    def save(self, *, complete: bool = False) -> None:
+        if self.path is not None:
+            write(self.path, {**self.head, "complete": complete}, self.rows, self.skipped)
 
 
 def write(path: Path, head: File, rows: Sequence[Row], skipped: Sequence[Row] = ()) -> None:

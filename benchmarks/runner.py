@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -13,17 +14,18 @@ from typing import Any, NamedTuple
 import torch
 
 from . import results
+from .arguments import check_names
 from .cases import DEVICE_CLASSES
 from .measure import (
-    MemoryWorker,
     Timer,
-    copy_bandwidth,
     cpu_times,
+    head_of,
     is_gpu,
     peak_on_gpu,
     spread,
     stolen_share,
 )
+from .process import Ended, Process
 from .providers.base import Provider
 from .suites import SUITES
 from .suites.base import Inputs, Output, Suite
@@ -47,11 +49,8 @@ class Entry(NamedTuple):
         return f"{self.suite.name} {self.case.name} {self.provider} {self.mode}"
 
 
-class Run:
-    """One run on one device; `device_class` is "auto" or one of cases.DEVICE_CLASSES.
-
-    Rows are saved to `path` one by one: what interrupts a run costs the row under way.
-    """
+class Run(results.Store):
+    """One run on one device; `device_class` is "auto" or one of cases.DEVICE_CLASSES."""
 
     def __init__(self, device_class: str, path: Path | None = None) -> None:
         gpu = torch.cuda.is_available()
@@ -62,14 +61,9 @@ class Run:
             raise ValueError("device class gpu, but torch finds no GPU here: take cpu, quick or tiny")
         self.device = "cuda" if gpu and self.device_class != "cpu" else "cpu"
         self.memory = torch.cuda.get_device_properties(0).total_memory if is_gpu(self.device) else 0
-        self.path = path
-        self.rows: list[results.Row] = []
-        self.skipped: list[results.Row] = []
-        self.worker = MemoryWorker()
+        self.worker: Process | None = None  # where memory on a CPU is measured, from the first question on
         sizes = {"tiny": 2**24, "quick": 2**26, "cpu": 2**28, "gpu": max(2**28, min(2**32, self.memory // 16))}
-        self.head = results.environment(
-            self.device, self.device_class, copy_bandwidth(self.device, sizes[self.device_class])
-        )
+        super().__init__(path, head_of(self.device, self.device_class, sizes[self.device_class]))
         self._inputs: tuple[Any, Inputs | None] = (None, None)
 
     def entries(self) -> list[Entry]:
@@ -106,13 +100,26 @@ class Run:
         if is_gpu(self.device):
             torch.cuda.empty_cache()
 
-    def save(self, *, complete: bool = False) -> None:
-        if self.path is not None:
-            results.write(self.path, {**self.head, "complete": complete}, self.rows, self.skipped)
-
     def close(self) -> None:
         self.forget_inputs()
-        self.worker.close()
+        if self.worker is not None:
+            self.worker.close()
+
+    def weigh(self, entry: Entry, *, warm: bool) -> dict[str, Any]:
+        """`warm=False` weighs the first call on these inputs: for one that takes long and compiles nothing."""
+        if self.worker is None:
+            self.worker = Process("cpu", exact=True)
+        what: dict[str, Any] = {
+            "suite": entry.suite.name,
+            "case": asdict(entry.case),
+            "provider": entry.provider,
+            "mode": entry.mode,
+        }
+        try:
+            return self.worker.ask("weigh", warm=warm, **what)
+        except Ended as ended:
+            self.worker = None
+            raise MemoryError(f"while its memory was measured, {ended}") from None
 
 
 def _is_late(provider: Provider) -> bool:
@@ -130,8 +137,7 @@ def select(
         "provider": list(dict.fromkeys(entry.provider for entry in entries)),
     }
     for kind, names in wanted.items():
-        if unknown := [name for name in names if name not in known[kind]]:
-            raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown))}; known here are {', '.join(known[kind])}")
+        check_names(kind, names, known[kind])
     chosen = [
         entry
         for entry in entries
@@ -167,8 +173,7 @@ def measure(run: Run, entry: Entry, clock: Clock = loop) -> results.Row | None:
             # Others' code, in versions that nobody here has chosen: a line, and the run goes on.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         run.forget_inputs()
-    run.skipped.append({"suite": suite.name, "case": case.name, "mode": mode, "provider": name, "reason": reason})
-    run.save()
+    run.skip(suite.name, case.name, mode, name, reason)
     return None
 
 
@@ -211,10 +216,7 @@ def _measure(run: Run, entry: Entry, clock: Clock) -> results.Row | None:
         "suite": suite.name,
         "case": case.name,
         "mode": mode,
-        "provider": name,
-        "family": provider.family,
-        "rival": provider.rival,
-        "how": provider.how,
+        **provider.fields(),
         **{field: getattr(case, field) for field in suite.shape},
         "series": case.series,
         **times,
@@ -237,8 +239,7 @@ def _measure(run: Run, entry: Entry, clock: Clock) -> results.Row | None:
     }
     if provider.spoils:
         run.forget_inputs()
-    run.rows.append(row)
-    run.save()
+    run.add(row)
     return row
 
 
@@ -248,7 +249,7 @@ def _memory(run: Run, entry: Entry, inputs: Inputs, *, warm: bool) -> dict[str, 
         return dict.fromkeys(MEMORY)
     if is_gpu(run.device):
         return {**peak_on_gpu(lambda: suite.call(case, name, mode, inputs.sets[0]).gradients, inputs.sets[0])}
-    return {**run.worker.ask(suite.name, case, name, mode, warm=warm)}
+    return run.weigh(entry, warm=warm)
 
 
 def _limit_row(run: Run, entry: Entry) -> results.Row | None:

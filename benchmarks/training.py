@@ -15,8 +15,8 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
 from time import monotonic
@@ -25,8 +25,9 @@ from typing import Any
 from fastpref.options import Parser, UsageError
 
 from . import results
+from .arguments import check_names, check_seconds, fail, pick_device
 from .cases_training import CASES, CLASSES, TrainingCase
-from .longest_process import TimeUp
+from .process import Process, TimeUp
 from .promises import judge
 from .providers import providers_of
 from .providers.base import Provider
@@ -57,10 +58,7 @@ def row_of(case: TrainingCase, provider: Provider, answer: dict[str, Any]) -> re
         "suite": "training",
         "case": case.name,
         "mode": "train",
-        "provider": provider.name,
-        "family": provider.family,
-        "rival": provider.rival,
-        "how": provider.how,
+        **provider.fields(),
         **case.fields(),
         "share": None,
         "series": None,
@@ -138,85 +136,45 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 losses disagree, 2 bad input, 130 interrupted."""
+    from .measure import head_of
+
     try:
         options = _parser().parse_args(argv)
         cases, device = _chosen(options)
         tiny = all(case.name in CLASSES["tiny"] for case in cases)
-        head = environment_of(device, "tiny" if tiny else "gpu" if device == "cuda" else "cpu")
-        if options.json is not None:
-            results.write(options.json, head, [])
-    except (ValueError, OSError) as error:
-        print(f"training: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    rows: list[results.Row] = []
-    skipped: list[results.Row] = []
-
-    def save() -> None:
-        compare_losses(rows)
-        if options.json is not None:
-            results.write(options.json, head, rows, skipped)
-
-    try:
-        _run_all(cases, options, device, rows, skipped, save)
+        device_class = "tiny" if tiny else "gpu" if device == "cuda" else "cpu"
+        store = results.Store(options.json, head_of(device, device_class, 2**26))
+        store.save()
+        _run_all(cases, options, device, store)
     except KeyboardInterrupt:
-        print(f"interrupted; {len(rows)} rows are kept")
+        print(f"interrupted; {len(store.rows)} rows are kept")
         return 130
-    except UsageError as error:
-        print(f"training: error: {error}", file=sys.stderr)
-        return 2
-    head["complete"] = True
-    save()
-    for promise in judge(rows, head["device_class"]):
+    except (ValueError, OSError) as error:
+        return fail("training", error)
+    wrong = compare_losses(store.rows)
+    store.save(complete=True)
+    for promise in judge(store.rows, device_class):
         print(promise)
-    wrong = compare_losses(rows)
     for line in wrong:
         print(f"LOSSES DISAGREE: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def _chosen(options: argparse.Namespace) -> tuple[list[TrainingCase], str]:
-    import torch
-
-    gpu = torch.cuda.is_available()
-    device = options.device or ("cuda" if gpu else "cpu")
-    if device == "cuda" and not gpu:
-        raise UsageError("--device cuda, but torch finds no GPU here: take --device cpu")
+    device = pick_device(options.device)
     if bool(options.case) == bool(options.device_class):
         raise UsageError(f"give --case or --class; cases are {', '.join(CASES)}")
     names = options.case or CLASSES[options.device_class]
-    if unknown := [name for name in names if name not in CASES]:
-        raise UsageError(f"unknown case {', '.join(map(repr, unknown))}; known are {', '.join(CASES)}")
-    known = [provider.name for provider in providers_of("training")]
-    if unknown := [name for name in options.provider if name not in known]:
-        raise UsageError(f"unknown provider {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    check_names("case", names, CASES)
+    check_names("provider", options.provider, [provider.name for provider in providers_of("training")])
     if options.steps is not None and options.steps < 2:
         raise UsageError(f"--steps must be at least 2 (the first is told apart), got {options.steps}")
-    if options.seconds is not None and not 0 < options.seconds < float("inf"):
-        raise UsageError(f"--seconds must be above 0 and finite, got {options.seconds:g}")
+    check_seconds(options.seconds)
     changes = {} if options.steps is None else {"steps": options.steps}
     return [replace(CASES[name], **changes) for name in names], device
 
 
-def environment_of(device: str, device_class: str) -> results.File:
-    """The head of a results file."""
-    import torch
-
-    from .measure import copy_bandwidth
-
-    copy = copy_bandwidth(device, 2**26)
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the contestants' processes want it
-    return results.environment(device, device_class, copy)
-
-
-def _run_all(
-    cases: Sequence[TrainingCase],
-    options: argparse.Namespace,
-    device: str,
-    rows: list[results.Row],
-    skipped: list[results.Row],
-    save: Callable[[], None],
-) -> None:
+def _run_all(cases: Sequence[TrainingCase], options: argparse.Namespace, device: str, store: results.Store) -> None:
     from .inputs_training import write_inputs
 
     end = None if options.seconds is None else monotonic() + options.seconds
@@ -232,33 +190,29 @@ def _run_all(
                     reason = f"the {options.seconds:g} s were over"
                 if reason is None:
                     seconds = None if left is None else max(left / 2, 30.0)
-                    reason = _run_one(case, provider, Path(folder), device, seconds, rows)
+                    reason = _run_one(case, provider, folder, device, seconds, store)
                 if reason is not None:
                     print(f"{case.name} {provider.name}: skipped, {reason}", flush=True)
-                    key = {"suite": "training", "case": case.name, "mode": "train", "provider": provider.name}
-                    skipped.append({**key, "reason": reason})
-                save()
+                    store.skip("training", case.name, "train", provider.name, reason)
 
 
 def _run_one(
-    case: TrainingCase,
-    provider: Provider,
-    folder: Path,
-    device: str,
-    seconds: float | None,
-    rows: list[results.Row],
+    case: TrainingCase, provider: Provider, folder: str, device: str, seconds: float | None, store: results.Store
 ) -> str | None:
     """Adds the row; or why there is none."""
-    from .training_process import run_once
-
     try:
-        answer = run_once(provider.name, case, folder, device, within=None, seconds=seconds)
+        with Process(device) as process:
+            question = {"provider": provider.name, "case": asdict(case), "folder": folder}
+            answer = process.ask("train", seconds, within=None, **question)
         row = row_of(case, provider, answer)
     except TimeUp:
         return f"it was not done within its {seconds:.0f} s"
+    except MemoryError as error:
+        return f"out of memory: {error}"
     except RuntimeError as error:
         return str(error)
-    rows.append(row)
+    compare_losses([*store.rows, row])
+    store.add(row)
     print(_line(row), flush=True)
     return None
 

@@ -10,27 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason='needs pip install "fastpref[train]"')
 pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastpref.benchmarks import results, training, training_longest, training_process
+from fastpref.benchmarks import results, training
 from fastpref.benchmarks.cases_training import CASES, CLASSES
 from fastpref.benchmarks.inputs_training import Inputs, write_inputs
-from fastpref.benchmarks.longest_process import TimeUp
 from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.providers import providers_of
 from fastpref.benchmarks.providers.training import check_same_tokens
 from fastpref.benchmarks.report.page import report, tables_block
 from fastpref.benchmarks.report.plots import pictures, plot_all
-from fastpref.benchmarks.report.words import longest_tokens
 from fastpref.benchmarks.training import compare_losses, row_of
 from fastpref.benchmarks.training_clock import PHASES, Clock
-from fastpref.benchmarks.training_longest import foretell
 
 MIB = 2**20
 TINY = CASES["training-tiny"]
@@ -240,107 +235,20 @@ def test_the_picture_of_training_runs_is_drawn(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    base=st.integers(0, 900),
-    slope=st.floats(0.001, 5.0),
-    bend=st.floats(0.0, 1e-4),
-    stricter=st.floats(0.9, 1.0),
-    start=st.sampled_from([32, 256]),
-)
-def test_what_is_foretold_fits_and_what_fails_is_at_most_3_percent_longer(
-    base: int, slope: float, bend: float, stricter: float, start: int
-) -> None:
-    """Also where peaks bend, and where memory is refused a little before the limit."""
-    limit, tried = 10_000, []
-
-    def peak_of(length: int) -> int | None:
-        tried.append(length)
-        peak = round(base + slope * length + bend * length**2)
-        return peak if peak <= stricter * limit else None
-
-    found = foretell(peak_of, limit, start=start, most=100_000)
-    assert len(set(tried)) == len(tried) <= 16
-    assert found.longest in (*tried, 0)
-    if found.stopped_by == "length":
-        assert found.longest == 100_000
-    else:
-        assert found.next_failed is not None
-        assert found.next_failed in tried
-        assert found.next_failed - found.longest <= max(0.03 * found.longest, 16)
-
-
-def test_a_straight_line_is_confirmed_within_six_runs() -> None:
-    tried: list[int] = []
-
-    def peak_of(length: int) -> int | None:
-        tried.append(length)
-        return 700 + 3 * length if 700 + 3 * length <= 6000 else None
-
-    found = foretell(peak_of, 6000, start=256, most=10**6)
-    assert (found.stopped_by, found.longest <= 1766 < found.next_failed) == ("memory", True)  # type: ignore[operator]
-    assert len(tried) <= 6
-
-
-def test_time_leaves_a_lower_bound() -> None:
-    def peak_of(length: int) -> int | None:
-        if length > 64:
-            raise TimeUp
-        return length
-
-    found = foretell(peak_of, 10**6, start=32, most=10**6)
-    assert (found.longest, found.stopped_by) == (64, "time")
-    assert longest_tokens({"longest": 64, "stopped_by": "length"}) == "≥ 64"
-
-
-# A worker without torch: a run beyond `limit` tokens is refused, one of `death` tokens is killed.
-STUB = """
-import json, os, signal, sys
-question = json.loads(sys.stdin.readline())
-length = question["case"]["length"]
-assert question["within"] and os.path.isfile(os.path.join(question["folder"], "steps.json"))
-if length == {death}:
-    os.kill(os.getpid(), signal.SIGKILL)
-fits = {{"fits": True, "peak_bytes": 1000 * length}}
-print(json.dumps(fits if length <= {limit} else {{"fits": False, "why": "full"}}))
-"""
-
-
-@linux
-@pytest.mark.parametrize(("limit", "death", "longest"), [(150, -1, 150), (10_000, 64, 32)])
-def test_the_longest_run_has_a_row_also_where_the_kernel_ends_its_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, death: int, longest: int
-) -> None:
-    stub = tmp_path / "stub.py"
-    stub.write_text(STUB.format(limit=limit, death=death))
-    monkeypatch.setattr(training_process, "WORKER", stub)
-    path = tmp_path / "rows.json"
-    assert training_longest.main(["--tiny", "--provider", "plain", "--within", "150kB", "--json", str(path)]) == 0
-    (row,) = results.read(path)["rows"]
-    assert (row["suite"], row["case"], row["stopped_by"]) == ("longest", "longest-training", "memory")
-    assert longest * 0.9 <= row["longest"] <= longest or longest == 32
-    assert row["longest"] < row["next_failed"] <= row["longest"] * 1.03 + 16
-    assert row["peak_bytes"] == 1000 * row["longest"]
-
-
 @pytest.mark.parametrize(
-    ("module", "options", "says"),
+    ("options", "says"),
     [
-        (training, [], "give --case or --class; cases are training-bf16, "),
-        (training, ["--case", "tiny"], "unknown case 'tiny'; known are training-bf16, "),
-        (training, ["--class", "tiny", "--provider", "ours"], "unknown provider 'ours'; known are fastpref, "),
-        (training, ["--class", "tiny", "--steps", "1"], "--steps must be at least 2"),
-        (training, ["--class", "tiny", "--seconds", "nan"], "--seconds must be above 0"),
-        (training_longest, ["--model", "gpt5"], "unknown model 'gpt5'; known are tiny, "),
-        (training_longest, ["--tiny", "--provider", "ours"], "unknown provider 'ours'; known are fastpref, "),
-        (training_longest, ["--tiny", "--most", "3"], "--most must be at least 16 tokens, got 3"),
-        (training_longest, ["--within", "much"], "argument --within: must be bytes or text like"),
+        ([], "give --case or --class; cases are training-bf16, "),
+        (["--case", "tiny"], "unknown case 'tiny'; known here are training-bf16, "),
+        (["--class", "tiny", "--provider", "ours"], "unknown provider 'ours'; known here are fastpref, "),
+        (["--class", "tiny", "--steps", "1"], "--steps must be at least 2"),
+        (["--class", "tiny", "--seconds", "nan"], "--seconds must be above 0"),
     ],
 )
 def test_bad_input_is_one_line_with_what_is_known(
-    module: Any, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert module.main(["--device", "cpu", *options]) == 2
+    assert training.main(["--device", "cpu", *options]) == 2
     printed = capsys.readouterr()
     assert says in printed.err
     assert printed.err.count("\n") == 1

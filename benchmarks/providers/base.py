@@ -32,6 +32,10 @@ class Provider:
     spoils: bool = False  # a call destroys its inputs
     serves: Callable[[Any], str | None] = _serves_all  # a case: why it cannot, or None
 
+    def fields(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {"provider": self.name, "family": self.family, "rival": self.rival, "how": self.how}
+
     def why_not(self, case: Any, device: str) -> str | None:
         """Why there is no row of it, in words for the user; None where it can run."""
         for module, distribution in self.modules.items():

@@ -18,7 +18,7 @@ ERROR_GROWTH = 2.0
 # float32 sums of some thousand nats round by 1e-4; its gradients by 1e-6 of their norm. Below, growth is chance.
 ERROR_FLOORS = {"value_error": 1e-4, "gradient_error": 1e-6}
 PEAK_GROWTH, PEAK_FLOOR = 1.02, 2**20
-LONGEST_SHRINKS = 7 / 8  # longest.py bisects to an eighth
+LONGEST_SHRINKS = 7 / 8  # a search that time ended stops at any length
 
 
 @dataclass(frozen=True)
