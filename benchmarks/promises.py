@@ -52,6 +52,10 @@ class Promise(NamedTuple):
     def met(self) -> bool:
         return self.got >= self.bound if self.at_least else self.got <= self.bound
 
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "**MISSED**"
+
     def __str__(self) -> str:
         side, verdict = "at least" if self.at_least else "at most", "met" if self.met else "MISSED"
         return f"{self.case}: {self.got:.2f} {self.what} ({side} {self.bound:g}): {verdict}"

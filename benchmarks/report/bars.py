@@ -1,4 +1,4 @@
-"""Bars: the providers of one case beside each other, and the longest pair that each of them trains.
+"""Bars: the providers of one case beside each other: their times, whole training runs, the longest pair of each.
 
 Also what every picture shares: the colours, and a figure with its title and the lines that say what was measured where.
 """
@@ -6,7 +6,7 @@ Also what every picture shares: the colours, and a figure with its title and the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .words import (
@@ -16,6 +16,7 @@ from .words import (
     TITLES,
     Row,
     best_of_ours,
+    case_words,
     day_and_commit,
     device,
     longest_tokens,
@@ -47,29 +48,63 @@ def canvas(file: dict[str, Any], rows: Sequence[Row], title: str, subtitle: str,
 
 
 def bars(file: dict[str, Any], groups: Sequence[Sequence[Row]]) -> Any:
-    counts = [len([row for row in group if row["family"] != LIMIT]) for group in groups]
+    """A panel a mode: medians and quartiles, and the limit as a dashed line."""
+    panels = [sorted((row for row in g if row["family"] != LIMIT), key=lambda row: row["median_ms"]) for g in groups]
     rows = [row for group in groups for row in group]
     title = f"{TITLES.get(rows[0]['suite'], rows[0]['suite'])}: {rows[0]['case']}"
-    height = 1.5 + sum(0.34 * count + 0.75 for count in counts)
-    figure, axes = canvas(file, rows, title, shape(rows[0]), height, [count + 1 for count in counts])
-    for axis, group in zip(axes, groups, strict=True):
-        _bar_panel(axis, group)
-    names = max(len(row["provider"]) for row in rows)
-    figure.subplots_adjust(
-        left=0.045 + 0.0098 * names, right=0.85, top=1 - 1.5 / height, bottom=0.35 / height, hspace=0.62
-    )
+    height = 1.5 + sum(0.34 * len(panel) + 0.75 for panel in panels)
+    figure, axes = canvas(file, rows, title, shape(rows[0]), height, [len(panel) + 1 for panel in panels])
+    for axis, panel in zip(axes, panels, strict=True):
+        _panel(axis, panel, "median_ms", milliseconds)
+        logarithmic = _time_scale(axis, panel)
+        ours = best_of_ours(panel)
+        beside = f"; × times {ours['provider']}" if ours else ""
+        mode = MODES.get(panel[0]["mode"], panel[0]["mode"])
+        scale = ", log axis" if logarithmic else ""
+        axis.set_title(f"{mode}: median and quartiles{beside}{scale}", fontsize=9.5, loc="left", pad=19)
+    _margins(figure, rows, right=0.85, top=1 - 1.5 / height, bottom=0.35 / height, hspace=0.62)
     return figure
 
 
-def _bar_panel(axis: Any, group: Sequence[Row]) -> None:
-    rows = sorted((row for row in group if row["family"] != LIMIT), key=lambda row: row["median_ms"])
+def runs(file: dict[str, Any], group: Sequence[Row]) -> Any:
+    """Whole training runs: times of a step above, peaks below, in the order of the times."""
+    rows = sorted(group, key=lambda row: row["median_ms"])
+    height = 2.0 + 2 * (0.34 * len(rows) + 0.75)
+    title = f"Whole training runs: {rows[0]['case']}"
+    figure, axes = canvas(file, rows, title, case_words(rows[0]), height, [len(rows)] * 2)
+    _panel(axes[0], rows, "median_ms", milliseconds)
+    axes[0].set_title("a step: median and quartiles, without the first", fontsize=9.5, loc="left")
+    _panel(axes[1], rows, "peak_bytes", memory)
+    axes[1].set_title("peak memory of the process; dark: imports alone", fontsize=9.5, loc="left")
+    if all(row.get("base_bytes") for row in rows):
+        axes[1].barh(range(len(rows)), [row["base_bytes"] for row in rows], color=INK, alpha=0.35, height=0.68)
+    for axis in axes:
+        _without_scale(axis)
+    _margins(figure, rows, right=0.82, top=1 - 1.4 / height, bottom=0.2 / height, hspace=0.22)
+    return figure
+
+
+def longest(file: dict[str, Any], rows: Sequence[Row]) -> Any:
+    rows = sorted(rows, key=lambda row: -row["longest"])
+    height = 1.4 + 0.38 * len(rows)
+    title = f"The longest pair that trains within {memory(rows[0]['within_bytes'])}: {rows[0]['case']}"
+    what = ", ".join(part for part in ("tokens a sequence, two sequences", shape(rows[0])) if part)
+    figure, (axis,) = canvas(file, rows, title, what, height, [1])
+    _panel(axis, rows, "longest", None)
+    _without_scale(axis)
+    _margins(figure, rows, right=0.85, top=1 - 1.15 / height, bottom=0.1 / height)
+    return figure
+
+
+def _panel(axis: Any, rows: Sequence[Row], field: str, write: Callable[[float], str] | None) -> None:
+    """A bar a row with what `write` makes of it, and its ratio to ours; without `write` a longest pair's words."""
     ours = best_of_ours(rows)
-    values = [row["median_ms"] for row in rows]
-    middle = [min(max(row["q1_ms"], 0), row["median_ms"]) for row in rows]
-    whiskers = [
-        [row["median_ms"] - low for row, low in zip(rows, middle, strict=True)],
-        [max(row["q3_ms"] - row["median_ms"], 0) for row in rows],
-    ]
+    values = [row[field] for row in rows]
+    ends, whiskers = values, None
+    if field == "median_ms":
+        ends = [max(row["q3_ms"], row[field]) for row in rows]
+        low = [row[field] - min(max(row["q1_ms"], 0), row[field]) for row in rows]
+        whiskers = [low, [end - value for end, value in zip(ends, values, strict=True)]]
     colours = [_bar_colour(row, ours) for row in rows]
     axis.barh(range(len(rows)), values, xerr=whiskers, color=colours, height=0.68, error_kw={"lw": 1, "ecolor": INK})
     axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
@@ -78,6 +113,16 @@ def _bar_panel(axis: Any, group: Sequence[Row]) -> None:
         label.set_fontweight("bold" if row is ours else "normal")
     axis.invert_yaxis()
     axis.tick_params(length=0)
+    for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        text = longest_tokens(row) if write is None else write(row[field])
+        if write is not None and ours is not None and row is not ours:
+            text += f", {times(row[field] / ours[field])}"
+        axis.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _time_scale(axis: Any, rows: Sequence[Row]) -> bool:
+    """Ticks of times, and the limit; logarithmic where the fastest would be a sliver."""
+    values = [row["median_ms"] for row in rows]
     limit = next((row["limit_ms"] for row in rows if row.get("limit_ms")), None)
     logarithmic = max(values) > LOG_FROM * min([*values, limit or math.inf])
     if logarithmic:
@@ -85,31 +130,11 @@ def _bar_panel(axis: Any, group: Sequence[Row]) -> None:
     else:
         axis.xaxis.get_major_locator().set_params(nbins=5)
     axis.xaxis.set_major_formatter(lambda value, _: tick_of_time(value))
-    for place, row in enumerate(rows):
-        ratio = "" if ours is None or row is ours else f", {times(row['median_ms'] / ours['median_ms'])}"
-        text = f"{milliseconds(row['median_ms'])}{ratio}"
-        axis.annotate(
-            text,
-            (max(row["q3_ms"], row["median_ms"]), place),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    beside = f"; × times {ours['provider']}" if ours else ""
-    scale = ", log axis" if logarithmic else ""
-    axis.set_title(
-        f"{MODES.get(rows[0]['mode'], rows[0]['mode'])}: median and quartiles{beside}{scale}",
-        fontsize=9.5,
-        loc="left",
-        pad=19,
-    )
     if limit:
         axis.axvline(limit, color=WARNING, ls="--", lw=1.3)
-        label = f"{rows[0]['limit']}: {milliseconds(limit)}"
         at_right = not logarithmic and limit > 0.6 * max(values)
         axis.annotate(
-            label,
+            f"{rows[0]['limit']}: {milliseconds(limit)}",
             (limit, 1),
             (-3 if at_right else 0, 3),
             xycoords=("data", "axes fraction"),
@@ -118,6 +143,17 @@ def _bar_panel(axis: Any, group: Sequence[Row]) -> None:
             color=WARNING,
             ha="right" if at_right else "left",
         )
+    return logarithmic
+
+
+def _without_scale(axis: Any) -> None:
+    axis.set_xticks([])
+    axis.spines["bottom"].set_visible(False)
+
+
+def _margins(figure: Any, rows: Sequence[Row], **margins: float) -> None:
+    """The left one leaves room for the longest name."""
+    figure.subplots_adjust(left=0.045 + 0.0098 * max(len(row["provider"]) for row in rows), **margins)
 
 
 def _bar_colour(row: Row, ours: Row | None) -> str:
@@ -130,32 +166,3 @@ def tick_of_time(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value / 1e3:g} s" if value >= 1e3 else f"{value:g} ms" if value >= 1 else f"{value * 1e3:g} µs"
-
-
-def longest(file: dict[str, Any], rows: Sequence[Row]) -> Any:
-    rows = sorted(rows, key=lambda row: -row["longest"])
-    height = 1.4 + 0.38 * len(rows)
-    within = memory(rows[0]["within_bytes"])
-    title = f"The longest pair that trains within {within}: {rows[0]['case']}"
-    figure, (axis,) = canvas(
-        file,
-        rows,
-        title,
-        ", ".join(part for part in ("tokens a sequence, two sequences", shape(rows[0])) if part),
-        height,
-        [1],
-    )
-    names = max(len(row["provider"]) for row in rows)
-    figure.subplots_adjust(left=0.045 + 0.0098 * names, right=0.85, top=1 - 1.15 / height, bottom=0.1 / height)
-    ours = next((row for row in rows if row["provider"] == OURS), None)
-    colours = [_bar_colour(row, ours) for row in rows]
-    axis.barh(range(len(rows)), [row["longest"] for row in rows], color=colours, height=0.68)
-    axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
-    for place, row in enumerate(rows):
-        text, end = longest_tokens(row), (row["longest"], place)
-        axis.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.invert_yaxis()
-    axis.tick_params(length=0)
-    axis.set_xticks([])
-    axis.spines["bottom"].set_visible(False)
-    return figure

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from fastpref.tables import markdown_table
 
 from .words import LIMIT, Row, best_of_ours, error, fastest_rival, memory, milliseconds, peak_of, times, tokens
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+def escaped(text: str) -> str:
+    """Text that others wrote, as a cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def against(group: Sequence[Row]) -> list[str]:
@@ -60,7 +62,7 @@ def rows_table(group: Sequence[Row]) -> list[str]:
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
     kept = {name: cells for name, cells in columns.items() if any(cell != "–" for cell in cells)}
-    return table(list(kept), list(zip(*kept.values(), strict=True)))
+    return markdown_table(list(kept), list(zip(*kept.values(), strict=True)))
 
 
 def length_table(group: Sequence[Row]) -> list[str]:
@@ -71,9 +73,38 @@ def length_table(group: Sequence[Row]) -> list[str]:
     for provider in dict.fromkeys(name for name, _ in found):
         cells = (found.get((provider, length)) for length in lengths)
         lines.append([f"`{provider}`", *("–" if row is None else _time_and_peak(row) for row in cells)])
-    return table(["time, peak", *map(tokens, lengths)], lines)
+    return markdown_table(["time, peak", *map(tokens, lengths)], lines)
 
 
 def _time_and_peak(row: Row) -> str:
     peak = row.get("peak_beyond_gradient_bytes")
     return milliseconds(row["median_ms"]) + ("" if peak is None else f", {memory(peak)}")
+
+
+def runs_table(group: Sequence[Row]) -> list[str]:
+    ours = best_of_ours(group)
+    header = ["", "step", "× fastpref", "first", "whole", "tokens/s", "peak", "beyond imports", "outside the layers"]
+    lines = []
+    for row in sorted(group, key=lambda row: row["median_ms"]):
+        name = f"`{row['provider']}`"
+        lines.append(
+            [
+                f"**{name}**" if row is ours else name,
+                milliseconds(row["median_ms"]),
+                times(row["median_ms"] / ours["median_ms"]) if ours else "–",
+                milliseconds(row["first_ms"]),
+                milliseconds(row["whole_ms"]),
+                f"{row['tokens_per_second']:,.0f}",
+                memory(row["peak_bytes"]),
+                memory(row["growth_bytes"]),
+                _outside(row),
+                error(row["loss_error"]),
+            ]
+        )
+    return markdown_table([*header, "losses"], lines)
+
+
+def _outside(row: Row) -> str:
+    if row["outside_layers"] is None:
+        return "–"
+    return f"{row['outside_layers']:.0%} ({row['outside_layers_with_reference']:.0%})"

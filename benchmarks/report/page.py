@@ -1,22 +1,27 @@
 """The report page, and the blocks of README.md and docs/benchmarks.md, as Markdown, from results files.
 
-Ratios are taken within a file alone: its rows come from one run on one device.
+page.md is the page's text, which is filled with tables. Ratios are taken within a file alone: its rows come from one
+run on one device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
+from fastpref.tables import markdown_table
+
 from ..promises import Promise, judge
-from .markdown import against, length_table, rows_table, table
+from .markdown import against, escaped, length_table, rows_table, runs_table
 from .plots import pictures
-from .training import section as training_section
 from .words import (
     MODES,
     OURS,
     TITLES,
     Row,
+    case_words,
     cases_of,
     day_and_commit,
     device,
@@ -25,6 +30,7 @@ from .words import (
     longest_tokens,
     memory,
     series_of,
+    series_slug,
     shape,
     single_rows,
     slug,
@@ -37,76 +43,56 @@ Files = Mapping[str, File]  # by the name of the file without .json
 Planned = Mapping[str, Sequence[Row]]  # by suite: cases of the GPU, as rows without numbers
 
 CLASSES = {"cpu": "CPU", "gpu": "GPU", "quick": "A quick look", "tiny": "Tiny, to prove that it runs"}
-# What markdown.against tells first.
-_AGAINST = ("fastpref", "of the limit", "fastest rival, × ours", "plain, × ours", "peak", "rival's peak")
 COMMAND = "python -m fastpref.benchmarks.report"
-NOT_MEASURED = "not measured"
-NOTE = (
-    "Limit: what the same machine did in the same run with nothing but the unavoidable work; 100% is the limit. Peak: "
-    "beyond inputs and gradients. Errors are against float64: of the value in nats, of gradients relative to their "
-    "norm. `rival` is the fastest of those that are others' work."
+NOT_MEASURED = "On a GPU: **not measured** yet."
+_AGAINST = (
+    "fastpref",
+    "of the limit",
+    "fastest rival",
+    "plain",
+    "peak",
+    "rival's peak",
+    "value error",
+    "rival's error",
 )
 
 
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip()
+
+
 def report(files: Files, planned: Planned) -> str:
-    lines = [
-        "# Results",
-        "",
-        f"Written by `{COMMAND}` from the JSON files beside this page; nothing here is typed.",
-        "",
-    ]
-    lines += [*_in_short(files, planned), "", NOTE, ""]
-    for device_class, here in _by_class(files).items():
-        lines += _class_section(device_class, here, planned if device_class == "gpu" else {})
+    sections = [_class_section(name, here, planned if name == "gpu" else {}) for name, here in _by_class(files).items()]
     if sweeps := {name: file for name, file in files.items() if not _with_rows(file)}:
-        lines += [
-            "## Sweeps",
-            "",
-            *table(["file", "rows", "device", "measured"], map(_sweep_line, sweeps.items())),
-            "",
-        ]
-    return "\n".join(lines).rstrip() + "\n"
+        header = ["file", "rows", "device", "measured"]
+        sections.append(["## Sweeps", "", *markdown_table(header, map(_sweep_line, sweeps.items()), len(header))])
+    parts = {"command": COMMAND, "note": _text("note.md"), "summary": "\n".join(_summary(files))}
+    devices = "\n".join(line for lines in sections for line in [*lines, ""])
+    return Template(_text("page.md")).substitute(parts, devices=devices).rstrip() + "\n"
 
 
 def short_block(files: Files) -> str:
-    """README.md's: a line a suite, the GPU's line where nothing is measured, and how many promises are met."""
-    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
-    header = ["", "fastpref", "fastest other", "plain torch", "peak memory", "the other's peak"]
-    rows = []
-    for device_class, here in _by_class(files).items():
-        for suite, title in TITLES.items():
-            groups = [headline([row for row in _timed(file) if row["suite"] == suite]) for file in here.values()]
-            if group := max(groups, key=len, default=[]):
-                ours, _, *others = against(group)
-                rows.append([f"{title}, {CLASSES[device_class]}<br>{shape(group[0])}", ours, *others[:4]])
-    lines = [*table(header, rows), ""]
-    if not any(file["device_class"] == "gpu" for file in files.values()):
-        lines += [f"On a {CLASSES['gpu']}: **{NOT_MEASURED}** yet.", ""]
-    return "\n".join([*lines, f"{sum(promise.met for promise in promises)} of {len(promises)} promises are met."])
+    """README.md's: the summary, and how many promises are met."""
+    promises = _promises(files)
+    met = sum(promise.met for promise in promises)
+    return "\n".join([*_summary(files), "", f"{met} of {len(promises)} promises are met."])
 
 
 def tables_block(files: Files, folder: str) -> str:
     """docs/benchmarks.md's: a table a suite, pictures, and what is promised and missed; `folder` holds the files."""
     lines: list[str] = []
     for device_class, here in _by_class(files).items():
-        if device_class not in ("cpu", "gpu"):
-            continue
-        if not here:
-            lines += [f"On a {CLASSES[device_class]}: **{NOT_MEASURED}** yet.", ""]
-        for suite in ("logps", "linear", "step", "training"):
-            groups = {
-                name: headline([row for row in _timed(file) if row["suite"] == suite]) for name, file in here.items()
-            }
-            # A suite may have been measured in several runs: the one where most stand beside each other.
-            name = max(groups, key=lambda name: len(groups[name]), default="")
-            if group := groups.get(name):
-                where = _where(here[name], group)
+        if device_class == "gpu" and not here:
+            lines += [NOT_MEASURED, ""]
+        for suite in ("logps", "linear", "step", "training") if device_class in ("cpu", "gpu") else ():
+            name, group = _headline(here, suite)
+            if group:
+                where = f"{device(here[name])}; {day_and_commit(here[name])}; {versions(here[name], group)}"
                 lines += [f"{TITLES[suite]}: {shape(group[0])}. {where}.", "", *rows_table(group), ""]
                 picture = slug(suite, group[0]["case"])
                 if suite in ("linear", "training") and picture in pictures(here[name]):
                     lines += [f"![{TITLES[suite]}]({folder}/plots/{name}/{picture}.png)", ""]
-    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
-    return "\n".join([*lines, NOTE.split(" `rival`")[0], "", *_promises(promises)]).rstrip()
+    return "\n".join([*lines, _text("note.md"), "", *_promise_table(_promises(files))]).rstrip()
 
 
 def _by_class(files: Files) -> dict[str, dict[str, File]]:
@@ -121,60 +107,57 @@ def _with_rows(file: File) -> bool:
     return any(is_timed(row) or "longest" in row for row in file["rows"])
 
 
-def _timed(file: File) -> list[Row]:
-    return [row for row in file["rows"] if is_timed(row)]
+def _timed(file: File, suite: str) -> list[Row]:
+    return [row for row in file["rows"] if is_timed(row) and row["suite"] == suite]
 
 
-def _in_short(files: Files, planned: Planned) -> list[str]:
-    header = ["on", "case", *_AGAINST]
-    lines = []
+def _headline(files: Files, suite: str) -> tuple[str, list[Row]]:
+    """A suite's headline, with its file: of several runs the one where most stand beside each other."""
+    groups = {name: headline(_timed(file, suite)) for name, file in files.items()}
+    name = max(groups, key=lambda name: len(groups[name]), default="")
+    return name, groups.get(name, [])
+
+
+def _summary(files: Files) -> list[str]:
+    """A line a suite and class of devices; the GPU's where nothing is measured."""
+    header = ["", "fastpref", "fastest other", "plain torch", "peak memory", "the other's peak"]
+    rows = []
     for device_class, here in _by_class(files).items():
-        for suite in [suite for suite in TITLES if suite != "longest"]:
-            groups = [headline([row for row in _timed(file) if row["suite"] == suite]) for file in here.values()]
-            group = max(groups, key=len, default=[])
+        for suite, title in TITLES.items():
+            _, group = _headline(here, suite)
             if group:
-                lines.append([CLASSES[device_class], f"{suite} `{group[0]['case']}`", *against(group)[:6]])
-            elif device_class == "gpu" and suite in planned:
-                lines.append([CLASSES[device_class], suite, *[NOT_MEASURED] * 6])
-    return table(header, lines)
+                ours, _, *others = against(group)
+                rows.append([f"{title}, {CLASSES[device_class]}<br>{shape(group[0])}", ours, *others[:4]])
+    lines = markdown_table(header, rows)
+    return lines if _by_class(files)["gpu"] else [*lines, "", NOT_MEASURED]
 
 
 def _class_section(device_class: str, files: Files, planned: Planned) -> list[str]:
     lines = [f"## {CLASSES.get(device_class, device_class)}", ""]
     if files:
         header = ["file", "device", "measured", "versions", "threads", "copy"]
-        lines += [*table(header, [_head_line(name, file) for name, file in files.items()]), ""]
-    else:
-        lines += [f"{NOT_MEASURED.capitalize()} yet. `benchmarks/on_gpu.sh OUT_DIR` measures these in one command.", ""]
-    promises = [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
-    lines += _promises(promises)
-    there = {row["suite"] for file in files.values() for row in _timed(file)}
+        lines += [*markdown_table(header, [_head_line(name, file) for name, file in files.items()], 4), ""]
+    lines += _promise_table(_promises(files))
+    there = {row["suite"] for file in files.values() for row in file["rows"]}
     for suite in [*TITLES, *sorted(there - TITLES.keys())]:
         for name, file in files.items():
-            if rows := [row for row in _timed(file) if row["suite"] == suite]:
-                lines += _suite_section(suite, name, file, rows)
-        missing = [case for case in planned.get(suite, ()) if not _is_there(case, files)]
-        if missing:
-            lines += [f"### {TITLES.get(suite, suite)}" + (f": {NOT_MEASURED}" if suite in there else ""), ""]
-            lines += [
-                *table(["case", "fastpref", "of the limit", "fastest rival", "peak"], map(_unmeasured, missing)),
-                "",
-            ]
+            if rows := _timed(file, suite):
+                lines += [f"### {TITLES.get(suite, suite)}", "", f"From [{name}]({name}.json).", ""]
+                lines += _training(name, file, rows) if suite == "training" else _suite(suite, name, file, rows)
     for name, file in files.items():
         lines += _longest(name, file)
-    return [*lines, *_skipped(files)]
+    return [*lines, *_planned(files, planned), *_skipped(files)]
 
 
-def _is_there(case: Row, files: Files) -> bool:
-    return any((r["suite"], r["case"]) == (case["suite"], case["case"]) for f in files.values() for r in _timed(f))
-
-
-def _unmeasured(case: Row) -> list[str]:
-    return [_case(case), *[NOT_MEASURED] * 4]
-
-
-def _case(row: Row) -> str:
-    return f"`{row['case']}`<br>{shape(row)}"
+def _planned(files: Files, planned: Planned) -> list[str]:
+    """Cases that nobody has measured."""
+    found = {(row["suite"], row["case"]) for file in files.values() for row in file["rows"] if "case" in row}
+    cases = [case for rows in planned.values() for case in rows if (case["suite"], case["case"]) not in found]
+    if not cases:
+        return []
+    lines = [[TITLES[case["suite"]], f"`{case['case']}`", shape(case)] for case in cases]
+    command = "`benchmarks/on_gpu.sh OUT_DIR` measures these, with `--training` the whole training runs."
+    return [f"**Not measured** yet; {command}", "", *markdown_table(["suite", "case", "shape"], lines, 3), ""]
 
 
 def _head_line(name: str, file: File) -> list[str]:
@@ -190,33 +173,32 @@ def _sweep_line(item: tuple[str, File]) -> list[str]:
     return [f"[{name}]({name}.json)", f"{len(file['rows'])} of {suites or 'none'}", device(file), day_and_commit(file)]
 
 
-def _promises(promises: Sequence[Promise]) -> list[str]:
+def _promises(files: Files) -> list[Promise]:
+    return [promise for file in files.values() for promise in judge(file["rows"], file["device_class"])]
+
+
+def _promise_table(promises: Sequence[Promise]) -> list[str]:
+    """The missed ones first."""
     if not promises:
         return []
     met = sum(promise.met for promise in promises)
     rows = [
-        [
-            f"`{promise.case}`",
-            f"{three(promise.got)} {promise.what}",
-            f"at {'least' if promise.at_least else 'most'} {promise.bound:g}",
-            "met" if promise.met else "**MISSED**",
-        ]
-        for promise in sorted(promises, key=lambda promise: promise.met)
+        [f"`{p.case}`", p.what, three(p.got), f"{'≥' if p.at_least else '≤'} {p.bound:g}", p.verdict]
+        for p in sorted(promises, key=lambda promise: promise.met)
     ]
-    return [f"### Promises: {met} of {len(promises)} met", "", *table(["case", "got", "promised", ""], rows), ""]
+    header = ["case", "what", "got", "promised", ""]
+    return [f"### Promises: {met} of {len(promises)} met", "", *markdown_table(header, rows, 2), ""]
 
 
-def _suite_section(suite: str, name: str, file: File, rows: Sequence[Row]) -> list[str]:
+def _suite(suite: str, name: str, file: File, rows: Sequence[Row]) -> list[str]:
     single = single_rows(rows)
-    header = ["case", *_AGAINST, "value error", "rival's error"]
-    if suite == "training":
-        return [f"### {TITLES[suite]}", "", *training_section(name, rows)]
-    lines = [f"### {TITLES.get(suite, suite)}", "", f"From [{name}]({name}.json). The limit is {rows[0]['limit']}.", ""]
+    lines = [f"The limit is {rows[0]['limit']}.", ""]
     for mode, words in MODES.items():
         groups = [group for (_, of), group in cases_of(single).items() if of == mode]
         groups = [group for group in groups if any(row["family"] == OURS for row in group)]
         if groups:
-            lines += [f"{words.capitalize()}:", "", *table(header, [[_case(g[0]), *against(g)] for g in groups]), ""]
+            cells = [[f"`{g[0]['case']}`<br>{shape(g[0])}", *against(g)] for g in groups]
+            lines += [f"{words.capitalize()}:", "", *markdown_table(["case", *_AGAINST], cells), ""]
     for (series, mode), group in series_of(rows).items():
         lines += [f"Against length (`{series}`, {MODES.get(mode, mode)}):", "", *length_table(group), ""]
     drawn = [picture for picture in pictures(file) if picture in _names(suite, rows)]
@@ -227,19 +209,29 @@ def _suite_section(suite: str, name: str, file: File, rows: Sequence[Row]) -> li
         lines += [f"More pictures: {', '.join(others)}.", ""]
     lines += ["<details><summary>All rows</summary>", ""]
     for (case, mode), group in cases_of(single).items():
-        words = f"**`{case}`, {MODES.get(mode, mode)}**: {shape(group[0])}"
-        lines += [words, "", *rows_table(group), ""]
+        lines += [f"**`{case}`, {MODES.get(mode, mode)}**: {shape(group[0])}", "", *rows_table(group), ""]
+    return [*lines, *_hows(rows), "</details>", ""]
+
+
+def _hows(rows: Sequence[Row]) -> list[str]:
     hows = {row["provider"]: row["how"] for row in rows if row.get("how")}
-    lines += [f"- `{provider}`: {how}" for provider, how in hows.items()]
-    return [*lines, "", "</details>", ""] if hows else [*lines, "</details>", ""]
+    return [*(f"- `{provider}`: {how}" for provider, how in hows.items()), ""] if hows else []
+
+
+def _training(name: str, file: File, rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    for (case, _), group in cases_of(rows).items():
+        lines += [f"**`{case}`**: {case_words(group[0])}", "", *runs_table(group), ""]
+        if (picture := slug("training", case)) in pictures(file):
+            lines += [f"![{case}](plots/{name}/{picture}.png)", ""]
+    return [*lines, *_hows(rows)]
 
 
 def _names(suite: str, rows: Sequence[Row]) -> set[str]:
     """The names that pictures of these rows can have."""
     names = {slug(suite, row["case"]) for row in rows}
     for series, mode in series_of(rows):
-        mode_words = [] if mode == "train" else [mode]
-        names |= {slug(suite, series, *mode_words, axis) for axis in ("time", "memory", "error")}
+        names |= {series_slug(suite, series, mode, axis) for axis in ("time", "memory", "error")}
     return names
 
 
@@ -249,16 +241,12 @@ def _longest(name: str, file: File) -> list[str]:
     for case in dict.fromkeys(row["case"] for row in rows):
         here = sorted((row for row in rows if row["case"] == case), key=lambda row: -(row["longest"] or 0))
         title = f"### {TITLES['longest']} within {memory(here[0]['within_bytes'])}: `{case}`"
+        failed = [f"{row['next_failed']:,}" if row.get("next_failed") else "–" for row in here]
         cells = [
-            [
-                f"`{row['provider']}`",
-                longest_tokens(row),
-                f"{row['next_failed']:,}" if row.get("next_failed") else "–",
-                memory(row.get("peak_bytes")),
-            ]
-            for row in here
+            [f"`{row['provider']}`", longest_tokens(row), next_one, memory(row.get("peak_bytes"))]
+            for row, next_one in zip(here, failed, strict=True)
         ]
-        lines += [title, "", *table(["", "tokens a sequence", "the next that failed", "peak"], cells), ""]
+        lines += [title, "", *markdown_table(["", "tokens a sequence", "the next that failed", "peak"], cells), ""]
         if (picture := slug("longest", case)) in pictures(file):
             lines += [f"![{picture}](plots/{name}/{picture}.png)", ""]
     return lines
@@ -274,10 +262,6 @@ def _skipped(files: Files) -> list[str]:
     if not found:
         return []
     count = sum(len(file["skipped"]) for file in files.values())
-    cells = [[reason, suite, f"`{who}`", ", ".join(cases)] for (reason, suite, who), cases in found.items()]
-    folded = table(["reason", "suite", "provider", "cases"], cells)
+    cells = [[escaped(reason), suite, f"`{who}`", ", ".join(cases)] for (reason, suite, who), cases in found.items()]
+    folded = markdown_table(["reason", "suite", "provider", "cases"], cells, 4)
     return [f"<details><summary>Skipped: {count} rows, with the reasons</summary>", "", *folded, "", "</details>", ""]
-
-
-def _where(file: File, rows: Sequence[Row]) -> str:
-    return f"{device(file)}; {day_and_commit(file)}; {versions(file, rows)}"

@@ -116,6 +116,13 @@ def shape(row: Row) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def case_words(row: Row) -> str:
+    """The shape of a whole training run."""
+    data = f"{row['data']}, at most {row['max_length']:,} tokens a sequence" if row["length"] is None else ""
+    checkpointing = "gradient checkpointing" if row["checkpointing"] else ""
+    return ", ".join(part for part in (shape(row), f"{row['steps']} steps", data, checkpointing) if part)
+
+
 def device(head: Row) -> str:
     """The device without the marks of its maker, with its threads where it is a CPU."""
     name = re.sub(r"\((?:R|TM)\)", "", str(head["device"]))
@@ -180,3 +187,8 @@ def slug(*parts: str) -> str:
     first, *rest = parts
     words = rest if rest and rest[0].startswith(first) else parts
     return re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(words)).strip("-").lower()
+
+
+def series_slug(suite: str, series: str, mode: str, axis: str) -> str:
+    """Of a picture against length."""
+    return slug(suite, series, *([] if mode == "train" else [mode]), axis)
