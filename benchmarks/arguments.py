@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from fastpref.checks import parse_budget
 from fastpref.options import UsageError
@@ -28,6 +29,11 @@ def pick_device(device: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda, but torch finds no GPU here: take --device cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def need(extra: str, *modules: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UsageError(f'{", ".join(missing)} is not installed: pip install "fastpref[{extra}]"')
 
 
 def size(text: str) -> int:

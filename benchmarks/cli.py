@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from fastpref.folders import Owner, check, check_file, claim
 from fastpref.options import Parser, UsageError
+from fastpref.tables import print_table
 
 from . import results
+from .arguments import fail, need
 from .report.compare import compare
 
 # Beyond this share of time that a hypervisor took, times are not to be trusted.
 MUCH_STOLEN = 0.02
 DESCRIPTION = """Time, memory and error of fastpref beside other ways to the same numbers, and beside the limit of this
 machine, all measured in one run. Writes a results file (row by row: an interrupted run keeps its rows) and pictures."""
+NOTE = """±: half of what lies between the quartiles. Limit: 100% is what the machine did in the same run. MiB: the peak
+beyond inputs and gradients. Errors are against float64: of the value in nats, of the gradient relative to it."""
 
 
 def _parser() -> Parser:
@@ -53,35 +52,34 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """0 done, 1 something got worse (--compare), 2 bad input, 130 interrupted."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log has no width of its own
     try:
         options = _parser().parse_args(argv)
+        need("bench", "rich", "psutil", *([] if options.no_plots else ["matplotlib"]))
         if options.compare:
             comparison = compare(*(results.read(Path(path)) for path in options.compare))
-            console.print(comparison.format(), markup=False, highlight=False, soft_wrap=True)
+            print(comparison.format())
             return comparison.exit_code
         run, entries = _prepare(options)
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return fail("fastpref bench", error)
     if options.list:
-        _list(console, entries, run)
+        _list(entries, run)
         return 0
     try:
-        _measure_all(run, entries, console)
+        _measure_all(run, entries)
     except KeyboardInterrupt:
-        console.print(f"interrupted; {len(run.rows)} rows are kept in {run.path}")
+        print(f"interrupted; {len(run.rows)} rows are kept in {run.path}")
         return 130
     finally:
         run.close()
-    _show(run, console, plots=not options.no_plots)
+    _show(run)
+    if run.rows and not options.no_plots:
+        from .report.plots import plot_all
+
+        with claim(_plots(options), _owner(options)):
+            made = plot_all(results.read(run.path), _plots(options))
+        print(f"{len(made)} pictures in {_plots(options)}")
     return 0
-
-
-def _fail(error: Exception) -> int:
-    print(f"fastpref bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 def _prepare(options: Any) -> tuple[Any, list[Any]]:
@@ -89,93 +87,112 @@ def _prepare(options: Any) -> tuple[Any, list[Any]]:
         raise UsageError(f"--name must be letters, digits, '.', '_' and '-', got {options.name!r}")
     if options.quick and options.device_class not in (None, "quick"):
         raise UsageError(f"--quick is the set quick, and --device_class says {options.device_class}: give one of them")
-    path = Path(options.output_dir) / f"{options.name}.json"
-    if path.exists() and not (options.overwrite or options.list):
-        raise UsageError(f"{path} is there already: give another --output_dir or --name, or --overwrite to replace it")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UsageError(f"--output_dir {path.parent} is a file; a folder is wanted")
+    path = None if options.list else _claimed(options)
     from .runner import Run, select  # after the cheap checks: it imports torch, and times a copy
 
-    run = Run("quick" if options.quick else options.device_class or "auto", None if options.list else path)
+    run = Run("quick" if options.quick else options.device_class or "auto", path)
     entries = select(run.entries(), suites=options.suite, cases=options.case, providers=options.provider)
-    if run.path is not None:
-        run.save()  # a folder that cannot be written to says so now
+    run.save()  # a folder that cannot be written to says so now
     return run, entries
 
 
-def _list(console: Console, entries: Sequence[Any], run: Any) -> None:
+def _plots(options: Any) -> Path:
+    return Path(options.output_dir, f"{options.name}-plots")
+
+
+def _owner(options: Any) -> Owner:
+    return Owner("fastpref bench", {"name": options.name}, resume=True)
+
+
+def _claimed(options: Any) -> Path:
+    """The results file; refused is what would replace anything but an earlier run's results and pictures."""
+    folder = Path(options.output_dir)
+    path = folder / f"{options.name}.json"
+    if not folder.is_dir():
+        check(folder, _owner(options))
+        return path
+    check_file(path, mark=results.MARK, option="--name")
+    if path.exists() and not options.overwrite:
+        raise UsageError(f"{path} is there: give another --name or --output_dir, or --overwrite")
+    if not options.no_plots:
+        check(_plots(options), _owner(options))
+    return path
+
+
+def _list(entries: Sequence[Any], run: Any) -> None:
     for suite in dict.fromkeys(entry.suite for entry in entries):
         mine = [entry for entry in entries if entry.suite is suite]
-        console.print(f"suite {suite.name} (limit: {suite.limit})", style="bold", highlight=False)
-        console.print(f"  cases: {', '.join(dict.fromkeys(e.case.name for e in mine))}", highlight=False)
+        print(f"suite {suite.name} (limit: {suite.limit})")
+        print(f"  cases: {', '.join(dict.fromkeys(e.case.name for e in mine))}")
         for name, case in {e.provider: e.case for e in mine}.items():
             provider = suite.providers[name]
             reason = provider.why_not(case, run.device)
-            note = f"  [skipped: {reason}]" if reason else ""
-            console.print(f"  {name}: {provider.how}{note}", markup=False, highlight=False, soft_wrap=True)
+            print(f"  {name}: {provider.how}{f'  [skipped: {reason}]' if reason else ''}")
 
 
-def _measure_all(run: Any, entries: Sequence[Any], console: Console) -> None:
+def _measure_all(run: Any, entries: Sequence[Any]) -> None:
+    from fastpref.console import Console
+
     from .runner import measure
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+    console = Console()
     device = f"{run.head['device']}, set {run.device_class}, copy {run.head['copy_gb_per_s']:.1f} GB/s"
-    console.print(f"{device}; {len(entries)} rows, kept in {run.path}", highlight=False, soft_wrap=True)
-    with progress or nullcontext():
-        task = progress.add_task("", total=len(entries)) if progress else None
-        for number, entry in enumerate(entries, 1):
-            if progress and task is not None:
-                progress.update(task, description=entry.name)
-            start = perf_counter()
+    console.say(f"{device}; {len(entries)} rows, kept in {run.path}")
+    with console.bar("bench", len(entries), unit="row") as bar:
+        for entry in entries:
             row = measure(run, entry)
-            if progress and task is not None:
-                progress.advance(task)
-            else:
-                what = f"{row['median_ms']:.2f} ms" if row else f"skipped: {run.skipped[-1]['reason']}"
-                took = perf_counter() - start
-                line = f"[{number}/{len(entries)}] {entry.name}: {what} ({took:.0f} s)"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            what = f"{row['median_ms']:.2f} ms" if row else f"skipped: {run.skipped[-1]['reason']}"
+            console.say(f"{entry.name}: {what}")
+            bar.advance()
     run.save(complete=True)
 
 
-def _show(run: Any, console: Console, *, plots: bool) -> None:
+def _show(run: Any) -> None:
     from .promises import judge
-    from .tables import NOTE, tables
 
-    for table in tables(run.rows):
-        console.print(table)
-    console.print(NOTE, style="dim", highlight=False)
-    for reason, rows in _by_reason(run.skipped).items():
-        console.print(f"skipped, {reason}: {', '.join(rows)}", markup=False, highlight=False, soft_wrap=True)
+    print_rows(run.rows)
+    reasons: dict[str, list[str]] = {}
+    for row in run.skipped:
+        reasons.setdefault(row["reason"], []).append(row["provider"])
+    for reason, names in reasons.items():
+        print(f"skipped, {reason}: {', '.join(dict.fromkeys(names))}")
     if (worst := max((row["stolen_share"] or 0 for row in run.rows), default=0)) > MUCH_STOLEN:
-        note = (
+        print(
             f"up to {worst:.0%} of the processors' time during a row went to other machines on this host: measure again"
         )
-        console.print(note, style="bold", highlight=False, soft_wrap=True)
     for promise in judge(run.rows, run.device_class):
-        console.print(str(promise), highlight=False, soft_wrap=True)
-    made = []
-    if plots and run.rows:
-        from .report.plots import plot_all
-
-        made = plot_all(results.read(run.path), run.path.parent)
-    console.print(f"{len(run.rows)} rows in {run.path}", highlight=False, soft_wrap=True)
-    if made:
-        console.print(f"pictures: {', '.join(path.name for path in made)}", highlight=False, soft_wrap=True)
+        print(promise)
+    print(f"{len(run.rows)} rows in {run.path}")
 
 
-def _by_reason(skipped: Sequence[results.Row]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for row in skipped:
-        names = found.setdefault(row["reason"], [])
-        if row["provider"] not in names:
-            names.append(row["provider"])
-    return found
+def print_rows(rows: Sequence[results.Row]) -> None:
+    """A table a suite."""
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        mine = [row for row in rows if row["suite"] == suite]
+        cells = [[f"{row['case']}, {row['mode']}", *_cells(row)] for row in mine]
+        # A case is named once, beside its first row.
+        named = [
+            [case if place == 0 or case != cells[place - 1][0] else "", *numbers]
+            for place, (case, *numbers) in enumerate(cells)
+        ]
+        header = ["case", "", "ms", "±", mine[0]["rate_unit"], "limit", "MiB", "value err", "grad err"]
+        print_table(f"{suite}: the limit is {mine[0]['limit']}", header, named, words=("case", ""))
+    print(NOTE)
+
+
+def _cells(row: results.Row) -> list[str]:
+    peak = row["peak_beyond_gradient_bytes"]
+    return [
+        row["provider"],
+        f"{row['median_ms']:.2f}" if row["median_ms"] < 100 else f"{row['median_ms']:.0f}",
+        f"{(row['q3_ms'] - row['q1_ms']) / row['median_ms'] / 2:.0%}",
+        f"{row['rate']:.3g}",
+        _or_dash(row["ratio_to_limit"], ".0%"),
+        _or_dash(None if peak is None else peak / 2**20, ".1f"),
+        _or_dash(row["value_error"], ".1e"),
+        _or_dash(row["gradient_error"], ".1e"),
+    ]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

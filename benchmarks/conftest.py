@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from fastpref.benchmarks.cases import DEVICE_CLASSES
+from fastpref.benchmarks.cli import print_rows
 from fastpref.benchmarks.promises import judge
 from fastpref.benchmarks.runner import Run
-from fastpref.benchmarks.tables import tables
 
 RUN = pytest.StashKey[Run]()
 
@@ -51,11 +50,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("fastpref")
     copy = run.head["copy_gb_per_s"]
     terminalreporter.write_line(f"{run.head['device']}; copy {copy:.1f} GB/s; {run.head['date']}")
-    console = Console(width=max(120, terminalreporter._tw.fullwidth))
-    with console.capture() as capture:
-        for table in tables(run.rows):
-            console.print(table)
-    for line in [*capture.get().splitlines(), *map(str, judge(run.rows, run.device_class))]:
-        terminalreporter.write_line(line)
+    print_rows(run.rows)
+    for promise in judge(run.rows, run.device_class):
+        terminalreporter.write_line(str(promise))
     if run.path is not None:
         terminalreporter.write_line(f"{len(run.rows)} rows in {run.path}")

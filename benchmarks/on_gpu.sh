@@ -155,7 +155,7 @@ else
         --json "$out/longest.json"
     part blocks 35 "${interpreter[@]}" "$python" -m fastpref.benchmarks.sweep --json "$out/blocks.json" \
         ${tiny[@]+"${tiny[@]}"}
-    part tiles 30 "$python" -m fastpref.benchmarks.sweep_tiles --json "$out/tiles.json" ${tiny[@]+"${tiny[@]}"}
+    part tiles 30 "$python" -m fastpref.benchmarks.sweep --linear --json "$out/tiles.json" ${tiny[@]+"${tiny[@]}"}
     if command -v compute-sanitizer >/dev/null; then
         # Without the allocator's cache every tensor has borders that the checker sees.
         part memcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -182,7 +182,6 @@ page="$scratch/page.md"
         grep -hE '^(FAILED|ERROR) ' "$out/tests.log" | cut -c1-160 | head -n 12
     fi
     grep -hE ': (met|MISSED)$|^LOSSES DISAGREE' "$out"/*.log
-    grep -hE ' (forward|backward|train): best |^H=.*: recompute' "$out/blocks.log" "$out/tiles.log" 2>/dev/null
     if [ -f "$out/memcheck.log" ]; then
         grep -E 'ERROR SUMMARY|Device not supported' "$out/memcheck.log"
     fi

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.environment import record
+from fastpref.folders import check_file
 
 SCHEMA = 2
+MARK = '"schema": '  # stands at the beginning of every results file
 PACKAGES = (
     "fastpref",
     "torch",
@@ -45,6 +47,8 @@ class Store:
     """The rows of a run, kept in `path`, if one is given, one by one: what interrupts a run costs the row under way."""
 
     def __init__(self, path: Path | None, head: File) -> None:
+        if path is not None and path.exists():
+            check_file(path, mark=MARK, option="--json")
         self.path, self.head = path, head
         self.rows: list[Row] = []
         self.skipped: list[Row] = []

@@ -1,11 +1,14 @@
-"""Sizes of the logits path's tiles: times of forward and backward for each, and the share of the limit.
+"""Sizes of tiles: times of forward and backward for each, and the share of the limit or the products they reach.
 
-    python -m fastpref.benchmarks.sweep [--tiny] [--json FILE]
+    python -m fastpref.benchmarks.sweep [--linear] [--tiny] [--json FILE]
 
-On a GPU: block sizes and warps of the kernels in kernels/logps*.py, each kernel alone, as shares of a copy's bandwidth.
-On a CPU: the elements that a thread's tile holds in fastpref/tiled.py, through the public function. The rows justify
-the sizes that stand there. `--tiny` proves the script where nothing is to be learnt; with TRITON_INTERPRET=1 it runs
-the kernels' part without a GPU.
+Of the logits path, on a GPU: block sizes and warps of the kernels in kernels/logps*.py, each kernel alone, as shares of
+a copy's bandwidth; on a CPU the elements that a thread's tile holds in fastpref/tiled.py, through the public function.
+With --linear, of the linear path: tiles and plans, which justify what fastpref/linear/plan.py knows of a machine: the
+tile of CPU and GPU, and `balance`, by which the planner weighs a kept tile against a product.
+
+Sizes take turns, so that a machine that slows down slows all of them. `--tiny` proves the script where nothing is to be
+learnt; with TRITON_INTERPRET=1 it runs the kernels' part without a GPU.
 """
 
 from __future__ import annotations
@@ -13,20 +16,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import fastpref
 from fastpref import tiled
+from fastpref.linear import plan as planner
+from fastpref.linear import tokens
+from fastpref.tables import print_table
+from fastpref.tiled import Transform
 
 from . import results
 from .cases import HEADLINE, VOCABS, LogpsCase, logps_cases
 from .inputs import make_labels, make_logits, make_upstream
-from .measure import Timer, copy_bandwidth, is_gpu, spread
+from .measure import Timer, head_of, is_gpu, spread
 
 WARPS = (2, 4, 8)
 # Elements a thread holds: fewer leave loads narrow, more spill.
@@ -46,33 +54,45 @@ BACKWARD = [
 ]
 # Of a CPU thread's tile, in elements of float32.
 TILE_ELEMENTS = tuple(2**power for power in range(16, 23))
+BUDGET = 2**36
+PRODUCTS = {"keep": 3, "recompute": 4, "frozen": 2}  # by plan of the linear path
+BEST = 8  # sizes that are shown of each part
 
-Calls = dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Callable[[], Any], int]]  # (part, sizes): call, bytes
+Key = TypeVar("Key", bound=Hashable)
+Sizes = tuple[str, tuple[tuple[str, int], ...]]  # the part, and its sizes
 
 
-def kernel_calls(case: LogpsCase, device: str) -> Calls:
+def in_turn(calls: Mapping[Key, Callable[[], Any]], device: str, rounds: int) -> dict[Key, dict[str, Any]]:
+    """The times of each call, after a first one that compiles and sets up."""
+    timers = {key: Timer(device) for key in calls}
+    for round_ in range(rounds + 1):
+        for key, call in calls.items():
+            if round_ == 0:
+                call()
+                continue
+            timers[key].before()
+            timers[key].run(call)
+    return {key: spread(timer.seconds()) for key, timer in timers.items()}
+
+
+def kernel_calls(case: LogpsCase, device: str) -> dict[Sizes, Callable[[], Any]]:
     """Each kernel alone, on a GPU or through Triton's interpreter."""
     from fastpref.kernels import logps, logps_backward
 
     logits = make_logits(case, device, 0).detach()
     labels = make_labels(case, device, 0)
     grad = torch.ones(labels.shape, device=device)
-    read = case.bytes_that_must_move("forward")
     inputs = (logits, labels, None)
     saved = (grad, *inputs, *logps.token_logps_forward(*inputs, 1, -100)[1:], 1, -100)
-    calls: Calls = {}
-    for sizes in FORWARD:
-        call = partial(logps.token_logps_forward, *inputs, 1, -100, **sizes)
-        calls["forward", tuple(sizes.items())] = (call, read)
-    for sizes in BACKWARD:
-        call = partial(logps_backward.token_logps_backward, *saved, **sizes)
-        calls["backward", tuple(sizes.items())] = (call, case.bytes_that_must_move("train") - read)
-    return calls
+    forward, backward = partial(logps.token_logps_forward, *inputs, 1, -100), logps_backward.token_logps_backward
+    calls: dict[Sizes, Callable[[], Any]] = {}
+    calls |= {("forward", tuple(sizes.items())): partial(forward, **sizes) for sizes in FORWARD}
+    return calls | {("backward", tuple(sizes.items())): partial(backward, *saved, **sizes) for sizes in BACKWARD}
 
 
-def tile_calls(case: LogpsCase, device: str) -> Calls:
+def tile_calls(case: LogpsCase, device: str) -> dict[Sizes, Callable[[], Any]]:
     """Forward and backward of the public function on a CPU, under each size of its tiles."""
-    logits, labels, upstream = (make(case, device, 0) for make in (make_logits, make_labels, _upstream))
+    logits, labels, upstream = make_logits(case, device, 0), make_labels(case, device, 0), make_upstream(case, device)
 
     def call(elements: int) -> Any:
         chosen = tiled.TILE_ELEMENTS_PER_THREAD
@@ -82,46 +102,10 @@ def tile_calls(case: LogpsCase, device: str) -> Calls:
         finally:
             tiled.TILE_ELEMENTS_PER_THREAD = chosen
 
-    moved = case.bytes_that_must_move("train")
-    return {("train", (("tile_elements", size),)): (partial(call, size), moved) for size in TILE_ELEMENTS}
+    return {("train", (("tile_elements", size),)): partial(call, size) for size in TILE_ELEMENTS}
 
 
-def _upstream(case: LogpsCase, device: str, seed: int) -> torch.Tensor:
-    return make_upstream(case, device)
-
-
-def sweep_case(case: LogpsCase, calls: Calls, device: str, copy: float) -> list[results.Row]:
-    """Sizes take turns, so that a machine that slows down slows all of them."""
-    timers = {key: Timer(device) for key in calls}
-    for round_ in range(case.rounds + 1):
-        for key, (call, _) in calls.items():
-            if round_ == 0:
-                call()  # the first call compiles
-                continue
-            timers[key].before()
-            timers[key].run(call)
-    rows = []
-    for (part, sizes), (_, moved) in calls.items():
-        times = spread(timers[part, sizes].seconds())
-        rate = moved / times["median_ms"] / 1e6
-        shape = {"suite": "sweep", "case": case.name, "vocab": case.vocab, "dtype": case.dtype, "part": part}
-        rows.append({**shape, "sizes": dict(sizes), **times, "gb_per_s": rate, "ratio_to_limit": rate / copy})
-    return rows
-
-
-def format_sweep(rows: Sequence[results.Row]) -> str:
-    """A line a part and case: the share of the copy's bandwidth for each size, as width x depth x warps or so."""
-    lines = []
-    for case, part in dict.fromkeys((row["case"], row["part"]) for row in rows):
-        found = [row for row in rows if (row["case"], row["part"]) == (case, part)]
-        found.sort(key=lambda row: -row["ratio_to_limit"])
-        cells = [f"{'x'.join(map(str, row['sizes'].values()))}:{row['ratio_to_limit']:.0%}" for row in found]
-        names = " x ".join(found[0]["sizes"])
-        lines.append(f"{case} {part}: best {cells[0]} ({names}); then {' '.join(cells[1:8])}")
-    return "\n".join(lines)
-
-
-def _cases(device: str, *, tiny: bool) -> list[LogpsCase]:
+def logits_cases(device: str, *, tiny: bool) -> list[LogpsCase]:
     if tiny:
         return logps_cases("tiny", memory=0)
     if not is_gpu(device):
@@ -131,30 +115,117 @@ def _cases(device: str, *, tiny: bool) -> list[LogpsCase]:
     return [case for case in logps_cases("gpu", memory=memory) if case.name in wanted]
 
 
+def sweep_logits(device: str, copy: float, *, tiny: bool) -> Iterator[list[results.Row]]:
+    """The rows of each case."""
+    kernels_run = is_gpu(device) or os.environ.get("TRITON_INTERPRET") == "1"
+    for case in logits_cases(device, tiny=tiny):
+        calls = kernel_calls(case, device) if kernels_run else tile_calls(case, device)
+        if tiny:  # one size of each part
+            calls = dict({key[0]: (key, call) for key, call in calls.items()}.values())
+        read = case.bytes_that_must_move("forward")
+        train = case.bytes_that_must_move("train")
+        moved = {"forward": read, "backward": train - read, "train": train}
+        rows = []
+        for (part, sizes), times in in_turn(calls, device, case.rounds).items():
+            rate = moved[part] / times["median_ms"] / 1e6
+            shape = {"suite": "sweep", "case": case.name, "vocab": case.vocab, "dtype": case.dtype, "part": part}
+            rows.append({**shape, "sizes": dict(sizes), **times, "gb_per_s": rate, "ratio_to_limit": rate / copy})
+        yield rows
+
+
+def shapes(device: str, *, tiny: bool) -> list[tuple[int, int, int, torch.dtype]]:  # N, H, V, dtype
+    if tiny:
+        return [(9, 16, 507, torch.float32)]
+    if is_gpu(device):
+        return [(8192, size, 128256, torch.bfloat16) for size in (1024, 4096)]
+    return [(512, size, 32768, torch.bfloat16) for size in (64, 128, 256, 1024, 2048)]
+
+
+def tiles(device: str, *, tiny: bool) -> list[tuple[int, int]]:
+    if tiny:
+        return [(8, 256), (16, 512)]
+    if is_gpu(device):
+        return [(rows, columns) for rows in (2048, 4096, 8192) for columns in (2048, 4096, 8192)]
+    return [(rows, columns) for rows in (256, 512) for columns in (1024, 2048, 4096, 8192)]
+
+
+def plan_call(
+    shape: tuple[int, int, int, torch.dtype], plan: str, machine: planner.Machine, device: str
+) -> Callable[[], Any]:
+    """Forward and backward of the log-probs under one plan and tile."""
+    count, size, vocab, dtype = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, count, size, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(vocab, size, generator=generator) / size**0.5).to(device, dtype)
+    weight.requires_grad_(plan != "frozen")
+    labels = torch.randint(vocab, (1, count), generator=generator).to(device)
+    upstream = torch.linspace(-1.5, 2.0, count, device=device)[None]
+    request = tokens.Request(0, -100, Transform(), dtype, BUDGET, plan)
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+
+    def call() -> Any:
+        tokens.machine_of = lambda device: machine
+        values = tokens.LinearTokenLogps.apply(hidden, weight, None, labels, None, request)
+        return torch.autograd.grad(values, wanted, upstream)
+
+    return call
+
+
+def sweep_linear(device: str, *, tiny: bool) -> Iterator[list[results.Row]]:
+    """The rows of each shape."""
+    base = planner.machine_of(torch.device(device))
+    for shape in shapes(device, tiny=tiny):
+        calls = {
+            (plan, tile): plan_call(shape, plan, replace(base, rows=tile[0], columns=tile[1]), device)
+            for plan in PRODUCTS
+            for tile in tiles(device, tiny=tiny)
+        }
+        count, size, vocab, dtype = shape
+        rows = []
+        for (plan, tile), times in in_turn(calls, device, 2 if tiny else 5).items():
+            rate = PRODUCTS[plan] * 2 * count * size * vocab / times["median_ms"] / 1e9
+            row = {"suite": "tiles", "rows": count, "hidden": size, "vocab": vocab, "dtype": str(dtype), "plan": plan}
+            rows.append({**row, "tile": list(tile), "tflop_per_s": rate, **times})
+        yield rows
+
+
+def show(rows: Sequence[results.Row], *, linear: bool) -> None:
+    """The fastest sizes of each part and case, or of each plan and width."""
+    groups: dict[tuple[str, str], list[results.Row]] = {}
+    for row in rows:
+        key = (f"H={row['hidden']}", row["plan"]) if linear else (row["case"], row["part"])
+        groups.setdefault(key, []).append(row)
+    cells = []
+    for (case, part), found in groups.items():
+        for row in sorted(found, key=lambda row: row["median_ms"])[:BEST]:
+            sizes = row["tile"] if linear else row["sizes"].values()
+            reached = f"{row['tflop_per_s']:.3g} TFLOP/s" if linear else f"{row['ratio_to_limit']:.0%} of a copy"
+            cells.append([case, part, "x".join(map(str, sizes)), f"{row['median_ms']:.3g}", reached])
+    print_table("sizes, the fastest first", ["case", "part", "sizes", "ms", "reached"], cells, words=("case", "part"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sweep", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true")
+    parser = argparse.ArgumentParser(prog="sweep", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--linear", action="store_true", help="tiles and plans of the linear path")
+    parser.add_argument("--tiny", action="store_true", help="proves the script")
     parser.add_argument("--json", type=Path, help="rewritten after each case")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernels_run = is_gpu(device) or os.environ.get("TRITON_INTERPRET") == "1"
-    copy_bytes = 2**24 if options.tiny else 2**28
+    copied = 2**24 if options.tiny else 2**28
     if is_gpu(device) and not options.tiny:
-        copy_bytes = min(2**32, torch.cuda.get_device_properties(0).total_memory // 16)
-    copy = copy_bandwidth(device, copy_bytes)
+        copied = min(2**32, torch.cuda.get_device_properties(0).total_memory // 16)
     device_class = "tiny" if options.tiny else "gpu" if is_gpu(device) else "cpu"
-    head = results.environment(device, device_class, copy)
-    rows: list[results.Row] = []
-    cases = _cases(device, tiny=options.tiny)
-    for place, case in enumerate(cases, 1):
-        print(f"case {place} of {len(cases)}: {case.name}", file=sys.stderr)
-        calls = kernel_calls(case, device) if kernels_run else tile_calls(case, device)
-        if options.tiny:  # one size of each part
-            calls = dict({key[0]: (key, call) for key, call in calls.items()}.values())
-        rows += sweep_case(case, calls, device, copy)
-        if options.json is not None:
-            results.write(options.json, {**head, "complete": place == len(cases)}, rows)
-    print(format_sweep(rows))
+    store = results.Store(options.json, head_of(device, device_class, copied))
+    if options.linear:
+        parts = sweep_linear(device, tiny=options.tiny)
+    else:
+        parts = sweep_logits(device, store.head["copy_gb_per_s"], tiny=options.tiny)
+    for rows in parts:
+        store.rows += rows
+        store.save()
+        print(f"{len(store.rows)} rows", file=sys.stderr)
+    store.save(complete=True)
+    show(store.rows, linear=options.linear)
     return 0
 
 

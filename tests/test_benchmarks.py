@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 from fastpref.benchmarks import results
 from fastpref.benchmarks.measure import Timer, cpu_times, peak_on_gpu, stolen_share
 from fastpref.benchmarks.promises import judge
-from fastpref.benchmarks.runner import Entry, Run, measure, select
+from fastpref.benchmarks.runner import MEMORY, Entry, Run, measure, select
 from fastpref.benchmarks.suites import SUITES
 from fastpref.cli import main
 
@@ -153,7 +154,8 @@ def test_operations_count_scored_rows_alone(run: Run) -> None:
     assert row["gradient_bytes"] == 4 * 9 * 24 * 4  # of the hidden states alone: the head is frozen
 
 
-def test_a_named_provider_brings_the_limit_of_its_case_along() -> None:
+def test_a_named_provider_brings_the_limit_of_its_case_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "weigh", lambda *_, **__: dict.fromkeys(MEMORY))
     run = Run("tiny")
     (entry,) = select(run.entries(), cases=("linear-tiny-frozen",), providers=("plain_fp32",))
     row = measure(run, entry)
@@ -216,13 +218,51 @@ def test_bad_input_is_one_line_that_lists_what_is_known(
     assert not (tmp_path / "out").exists()
 
 
-def test_results_that_are_there_are_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "results.json").write_text("{}")
-    assert main(["bench", "--device_class", "tiny", "--output_dir", str(tmp_path)]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "results.json").read_text() == "{}"
-    assert main(["bench", "--device_class", "tiny", "--output_dir", str(tmp_path / "results.json")]) == 2
+def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier run's results only when asked to, and another's file or pictures never."""
+    files = {
+        "mine.json": '{"schema": 2}',
+        "theirs.json": "{}",
+        "pictures-plots/linear-half.png": "a picture",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    given = ["bench", "--device_class", "tiny", "--output_dir", str(tmp_path)]
+    refused = {
+        "--overwrite": ["--name", "mine"],
+        "did not write it": ["--name", "theirs", "--overwrite"],
+        "linear-half.png": ["--name", "pictures"],
+    }
+    for words, options in refused.items():
+        assert main([*given, *options]) == 2
+        assert words in capsys.readouterr().err
+    assert main([*given[:-1], str(tmp_path / "mine.json")]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main([*given[:-1], str(tmp_path / "none" / "none")]) == 2
+    assert {
+        str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()
+    } == files
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("rich", ["--no_plots"]), ("psutil", ["--no_plots"]), ("matplotlib", [])]
+)
+def test_without_its_extra_bench_says_which_one_to_install(
+    package: str,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    for name in ("fastpref.benchmarks.cli", "fastpref.console", "fastpref.memory"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["bench", "--device_class", "tiny", "--output_dir", str(tmp_path / "out"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert package in line
+    assert 'pip install "fastpref[bench]"' in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -265,9 +305,9 @@ def test_bench_writes_a_whole_file_and_shows_its_rows(tmp_path: Path, capsys: py
     assert file["versions"]["torch"]
     assert file["copy_gb_per_s"] > 0
     assert [row["provider"] for row in file["rows"]] == names * 2
-    printed = capsys.readouterr().out
-    assert "[4/4] losses dpop-7 plain train" in printed
-    assert "4 rows in" in printed
+    printed = capsys.readouterr()
+    assert "losses dpop-7 plain train: " in printed.err
+    assert "4 rows in" in printed.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json"]
 
 
@@ -279,24 +319,30 @@ def test_the_list_names_every_way_and_why_some_are_skipped(capsys: pytest.Captur
     assert "[skipped: " in printed
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastpref.cli", "bench", "--device_class", "tiny", "--suite", "losses"]
-    done = subprocess.Popen(
-        [*command, "--output_dir", str(tmp_path)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert done.stdout is not None
-    for line in done.stdout:
-        if line.startswith("[2/"):
-            break
-    done.send_signal(signal.SIGINT)
-    rest = done.stdout.read()
-    assert done.wait(timeout=60) == 130, rest
+def test_an_interrupted_run_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a signal that comes in the third row."""
+
+    def interrupting(run: Run, entry: Entry) -> Any:
+        if len(run.rows) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(run, entry)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's tests start without one
+    monkeypatch.setattr("fastpref.benchmarks.runner.measure", interrupting)
+    monkeypatch.setattr(Run, "weigh", lambda *_, **__: dict.fromkeys(MEMORY))
+    given = ["bench", "--device_class", "tiny", "--suite", "losses", "--provider", "fastpref", "plain"]
+    try:
+        assert main([*given, "--output_dir", str(tmp_path), "--no_plots"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     file = results.read(tmp_path / "results.json")
-    assert len(file["rows"]) >= 2
-    assert file["complete"] is False
-    assert "rows are kept in" in rest
+    assert (len(file["rows"]), file["complete"]) == (2, False)
+    assert "2 rows are kept in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_same_rows(tmp_path: Path) -> None:
     if not BENCHMARKS.is_dir():
         pytest.skip("benchmarks/ is not beside tests/")

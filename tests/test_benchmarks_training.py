@@ -216,14 +216,11 @@ def runs() -> list[dict[str, Any]]:
 
 def test_the_page_tells_time_whole_run_peak_share_and_losses_of_each_contestant() -> None:
     page = report({"cpu": a_file(runs())}, {"training": [{"suite": "training", "case": "x", **TINY.fields()}]})
-    assert "| CPU | training `training-fp32` | **2000 ms** | – | `trl` 8.50× | 2.50× | 900 MiB | 2.0 GiB |" in (
-        page.replace("1.95 GiB", "2.0 GiB")
-    )
+    assert "| **2000 ms** | `trl` 8.50× | 2.50× | 900 MiB | 1.95 GiB |" in page
     assert "| **`fastpref`** | 2000 ms | 1.00× | 10.0 s | 15.5 s | 150 | 900 MiB | 500 MiB | 25% (40%) | 0 |" in page
     assert "![training-fp32](plots/cpu/training-fp32.png)" in page
-    assert "| GPU | training | not measured |" in page
+    assert "| Whole training runs | `x` |" in page.split("## GPU")[1]
     block = tables_block({"cpu": a_file(runs())}, "results")
-    assert "Whole training runs: 2 pairs, 4 layers" in block
     assert "![Whole training runs](results/plots/cpu/training-fp32.png)" in block
 
 

@@ -63,7 +63,7 @@ from fastpref.kernels.compile_cases import DTYPES, CompileCase
 
 from .machine_code import MachineCode, read_amdgcn, read_cubin
 from .occupancy import ARCHS, Arch, Occupancy, occupancy
-from .table import Row, format_markdown, format_table
+from .table import Row, format_markdown, show
 
 CASES = "fastpref.kernels.compile_cases"
 WIDE = 16  # bytes: the most that one thread moves at once before sm_100
@@ -249,16 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     jobs = list_jobs(options.module, archs=options.arch, dtypes=options.dtype, kernels=options.kernel)
     rows = compile_all(jobs, processes=max(1, options.jobs))
-    print(format_table(rows))
-    failed = sum(bool(row.problem) for row in rows)
-    print(f"{len(rows)} compiled kernels, {failed} with a problem")
+    show(rows)
     if options.json is not None:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     if options.markdown is not None:
         import triton
 
         options.markdown.write_text(format_markdown(rows, triton.__version__), encoding="utf-8")
-    return 1 if failed else 0
+    return 1 if any(row.problem for row in rows) else 0
 
 
 if __name__ == "__main__":

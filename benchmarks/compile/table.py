@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from fastpref.tables import markdown_table, print_table
+
 from .occupancy import ARCHS
 
 REGENERATE = "python -m fastpref.benchmarks.compile.report --markdown benchmarks/compile/COMPILED.md"
@@ -60,14 +62,19 @@ and where 16 divides a case's sizes, no load or store of a tile narrower than 16
 """
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    header = ("kernel", "arch", "dtype", "warps", "registers", "stack", "spills", "shared", "resident", "verdict")
-    lines: list[tuple[str, ...]] = [header]
+def show(rows: Sequence[Row]) -> None:
+    """A table in a terminal, and a line for each problem."""
+    header = ("kernel", "arch", "dtype", "warps", "registers", "stack", "spills", "shared", "resident", "")
+    cells = []
     for row in rows:
         numbers = (row.num_warps, row.registers, row.stack, row.spills, row.shared, row.resident_warps)
-        lines.append((full_name(row), row.arch, row.dtype, *map(str, numbers), row.problem or "ok"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-    return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in lines)
+        verdict = "PROBLEM" if row.problem else "ok"
+        cells.append([full_name(row), row.arch, row.dtype, *map(str, numbers), verdict])
+    print_table("what the kernels compile to", header, cells, words=("kernel", "arch", "dtype", ""))
+    failed = [row for row in rows if row.problem]
+    for row in failed:
+        print(f"{full_name(row)} {row.arch} {row.dtype}: {row.problem}")
+    print(f"{len(rows)} compiled kernels, {len(failed)} with a problem")
 
 
 def format_markdown(rows: Sequence[Row], triton_version: str) -> str:
@@ -78,9 +85,8 @@ def format_markdown(rows: Sequence[Row], triton_version: str) -> str:
     for name in names:
         arch = ARCHS[name]
         header = [*_COLUMNS, f"blocks of {arch.blocks}", f"warps of {arch.warps}", "limit"]
-        lines: list[Sequence[str]] = [header, ["---"] * len(header)]
-        lines += [_cells(row) for row in rows if row.arch == name]
-        parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        table = markdown_table(header, [_cells(row) for row in rows if row.arch == name], len(header))
+        parts.append(f"## {name}\n\n" + "\n".join(table) + "\n")
     return "\n".join(parts)
 
 

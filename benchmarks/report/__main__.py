@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.folders import check_file
 from fastpref.options import Parser, UsageError
 
 from .. import results
+from ..arguments import fail
 from .page import COMMAND, report, short_block, tables_block
 from .plots import pictures, plot_all
 from .words import Row
@@ -28,6 +30,7 @@ PAGES = (README, README.parent / "docs" / "benchmarks.md")
 OPENING = f"<!-- results: written by `{COMMAND}` -->"
 SHORT_OPENING = OPENING.replace("results:", "results in short:")
 BLOCK = re.compile(r"(<!-- results(?P<short> in short)?: [^\n]*-->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+LEFTOVER = "shows rows that no results file has: delete it"
 # Sizes the planned cases of the GPU, before there is one.
 PLANNED_MEMORY = 80 * 2**30
 
@@ -61,11 +64,13 @@ def main(argv: Sequence[str]) -> int:
             stale = _stale(folder, files, texts)
             print("\n".join([*stale, f"run `{COMMAND}`"] if stale else ["up to date"]))
             return 1 if stale else 0
+        check_output(folder)
         for path in write(folder, files, texts):
             print(path)
+        for path in _leftover_pictures(folder, files):
+            print(f"{path} {LEFTOVER}")
     except (ValueError, OSError) as error:
-        print(f"{COMMAND}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(COMMAND, error)
     return 0
 
 
@@ -112,7 +117,7 @@ def _wanted_pictures(folder: Path, files: dict[str, dict[str, Any]]) -> set[Path
 
 
 def _leftover_pictures(folder: Path, files: dict[str, dict[str, Any]]) -> list[Path]:
-    """Pictures of rows that no file has any longer; plots/ holds what this command draws and nothing else."""
+    """Pictures of rows that no file has any longer."""
     return sorted(set(folder.glob("plots/*/*.png")) - _wanted_pictures(folder, files))
 
 
@@ -124,17 +129,23 @@ def _stale(folder: Path, files: dict[str, dict[str, Any]], texts: dict[Path, str
         elif path.read_text(encoding="utf-8") != text:
             lines.append(f"{path} is not what the results files give")
     lines += [f"{path} is missing" for path in sorted(_wanted_pictures(folder, files)) if not path.exists()]
-    return lines + [f"{path} shows rows that no results file has" for path in _leftover_pictures(folder, files)]
+    return lines + [f"{path} {LEFTOVER}" for path in _leftover_pictures(folder, files)]
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write over a page or pictures that this command did not write."""
+    check_file(folder / "REPORT.md", mark=COMMAND, option="the report")
+    plots = folder / "plots"
+    if plots.exists() and not (folder / "REPORT.md").exists():
+        raise UsageError(f"{plots} is there, and no REPORT.md that this command wrote: give another --results")
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]], texts: dict[Path, str]) -> list[Path]:
-    """Pictures first: the texts name them."""
+    """Pictures first: the texts name them. What rows no longer show stays, for its owner to delete."""
     written = []
     for stem, file in files.items():
         if pictures(file):
             written += plot_all(file, folder / "plots" / stem)
-    for path in _leftover_pictures(folder, files):
-        path.unlink()
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
         written.append(path)

@@ -8,17 +8,35 @@ round is shown and not judged. An error beyond twice the old one, above what rou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .noise import Key, Noise
 from .words import LIMIT, Row, error, is_timed, memory, milliseconds, tokens
 
 ERROR_GROWTH = 2.0
-# float32 sums of some thousand nats round by 1e-4; its gradients by 1e-6 of their norm. Below, growth is chance.
-ERROR_FLOORS = {"value_error": 1e-4, "gradient_error": 1e-6}
 PEAK_GROWTH, PEAK_FLOOR = 1.02, 2**20
 LONGEST_SHRINKS = 7 / 8  # a search that time ended stops at any length
+
+
+class Bound(NamedTuple):
+    """A number that is worse where it grew beyond a factor and by more than `floor`."""
+
+    field: str
+    factor: float
+    above: float  # a new value up to this is chance, whatever the old one was
+    by: float
+    write: Callable[[float], str]
+
+
+# float32 sums of some thousand nats round by 1e-4; its gradients by 1e-6 of their norm. Below, growth is chance.
+BOUNDS = (
+    Bound("value_error", ERROR_GROWTH, 1e-4, 0.0, error),
+    Bound("gradient_error", ERROR_GROWTH, 1e-6, 0.0, error),
+    Bound("peak_beyond_gradient_bytes", PEAK_GROWTH, 0.0, PEAK_FLOOR, memory),
+    Bound("peak_bytes", PEAK_GROWTH, 0.0, PEAK_FLOOR, memory),
+)
 
 
 @dataclass(frozen=True)
@@ -51,19 +69,23 @@ class Comparison:
 
     def format(self) -> str:
         lines = list(self.head)
-        for title, worse in (("worse", True), ("better", False)):
-            found = sorted((c for c in self.changes if c.worse == worse), key=lambda c: (c.what != "time", c.key))
+        parts = {
+            "worse": self._said(worse=True),
+            "better": self._said(worse=False),
+            "only in the old file": [_name(key) for key in self.only_old],
+            "only in the new file": [_name(key) for key in self.only_new],
+            "not compared": self.not_compared,
+        }
+        for title, found in parts.items():
             if found:
-                lines += ["", f"{title}:", *(f"  {_name(change.key)}: {change.text}" for change in found)]
-        for title, keys in (("only in the old file", self.only_old), ("only in the new file", self.only_new)):
-            if keys:
-                lines += ["", f"{title} ({len(keys)}):", *(f"  {_name(key)}" for key in keys)]
-        if self.not_compared:
-            lines += ["", "not compared:", *(f"  {line}" for line in self.not_compared)]
-        rows = f"{self.compared} rows compared"
-        worse_rows = len({change.key for change in self.regressions})
-        better_rows = len({change.key for change in self.changes if not change.worse})
-        return "\n".join([*lines, "", f"{rows}: {worse_rows} worse, {better_rows} better, the rest within the noise"])
+                lines += ["", f"{title}:", *(f"  {line}" for line in found)]
+        worse, better = (len({c.key for c in self.changes if c.worse is verdict}) for verdict in (True, False))
+        counts = f"{self.compared} rows compared: {worse} worse, {better} better, the rest within the noise"
+        return "\n".join([*lines, "", counts])
+
+    def _said(self, *, worse: bool) -> list[str]:
+        found = sorted((c for c in self.changes if c.worse is worse), key=lambda c: (c.what != "time", c.key))
+        return [f"{_name(change.key)}: {change.text}" for change in found]
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
@@ -78,7 +100,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     noise = Noise(timed, _changed_packages(old, new), same_device=old["device"] == new["device"])
     changes = [change for key, (a, b) in timed.items() for change in _time(key, a, b, noise)]
     for key, (a, b) in [*timed.items(), *other.items()]:
-        changes += [*_errors(key, a, b), *_peak(key, a, b), *_longest(key, a, b)]
+        changes += [*_growth(key, a, b), *_longest(key, a, b)]
     return Comparison(
         head=[*_heads(old, new), *noise.lines()],
         changes=changes,
@@ -162,34 +184,25 @@ def _time(key: Key, old: Row, new: Row, noise: Noise) -> list[Change]:
     return [Change(key, "time", text, shift > 0, ratio)]
 
 
-def _errors(key: Key, old: Row, new: Row) -> list[Change]:
-    found = []
-    for name, floor in ERROR_FLOORS.items():
-        was, now = old.get(name), new.get(name)
-        if was is None or now is None:
+def _growth(key: Key, old: Row, new: Row) -> list[Change]:
+    """Errors and peaks; of the two peaks the one beyond gradients, where both rows have it."""
+    found, peaks_seen = [], "longest" in old
+    for bound in BOUNDS:
+        was, now = old.get(bound.field), new.get(bound.field)
+        is_peak = bound.write is memory
+        if was is None or now is None or (is_peak and peaks_seen):
             continue
-        text = f"{name} {error(was)} -> {error(now)}"
-        ratio = now / was if was else math.inf
-        if math.isnan(now) or now > max(ERROR_GROWTH * was, floor):
-            found.append(Change(key, name, text, True, ratio))
-        elif was > max(ERROR_GROWTH * now, floor):
-            found.append(Change(key, name, text, False, ratio))
+        peaks_seen = peaks_seen or is_peak
+        text = f"{bound.field} {bound.write(was)} -> {bound.write(now)}"
+        if _grew(was, now, bound) or math.isnan(now):
+            found.append(Change(key, bound.field, text, True, now / was if was > 0 else math.inf))
+        elif _grew(now, was, bound):
+            found.append(Change(key, bound.field, text, False, now / was))
     return found
 
 
-def _peak(key: Key, old: Row, new: Row) -> list[Change]:
-    for name, words in (("peak_beyond_gradient_bytes", "peak beyond gradients"), ("peak_bytes", "peak")):
-        was, now = old.get(name), new.get(name)
-        if was is None or now is None or "longest" in old:
-            continue
-        text = f"{words} {memory(was)} -> {memory(now)}"
-        ratio = now / was if was > 0 else math.inf
-        if now > PEAK_GROWTH * was and now - was > PEAK_FLOOR:
-            return [Change(key, "peak", text, True, ratio)]
-        if was > PEAK_GROWTH * now and was - now > PEAK_FLOOR:
-            return [Change(key, "peak", text, False, ratio)]
-        return []
-    return []
+def _grew(was: float, now: float, bound: Bound) -> bool:
+    return now > max(bound.factor * was, bound.above) and now - was > bound.by
 
 
 def _longest(key: Key, old: Row, new: Row) -> list[Change]:
