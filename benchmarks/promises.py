@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from .report.words import is_timed
@@ -10,19 +11,31 @@ from .report.words import is_timed
 Row = dict[str, Any]
 MIB = 2**20
 
-# Of the logits path's headline case on a CPU: at least so many times faster.
-FASTER_THAN = {"plain": 5.0, "cross_entropy": 3.5, "cross_entropy_nocopy": 3.5}
-HEADLINE_PEAK_MIB = 16.0
-# Of the logits path on a GPU: the share of a copy's bandwidth, in every case whose logits are large.
-SHARE_OF_COPY = 0.9
-SHARE_OF_COPY_BYTES = 2**30
-# Of the linear path on a CPU, by scored share: times faster than plain, and than the fastest rival.
-LINEAR_FASTER = {"linear-quarter": (12.0, 7.0), "linear-half": (7.5, 4.0), "linear-most": (4.2, 2.3)}
-LINEAR_FASTER_IN_64_MIB = {"linear-quarter": 9.0, "linear-half": 5.0, "linear-most": 3.2}
-LINEAR_OVER_PRODUCTS, LINEAR_FROZEN, LINEAR_PEAK_MIB = 1.4, 0.65, 80.0
+Key = tuple[str, str, str]  # case, mode, provider
+Found = dict[Key, Row]
+
+# On a CPU, forward and backward: our case, the other one, whose it is, and at least so many times faster. Of the
+# logits path cross_entropy is there twice: as people write it after a shift, and without the logits' copy.
+FASTER_THAN = (
+    ("headline", "headline", "plain", 5.0),
+    ("headline", "headline", "cross_entropy", 3.5),
+    ("headline", "headline", "cross_entropy_nocopy", 3.5),
+    ("linear-quarter", "linear-quarter", "plain", 12.0),
+    ("linear-half", "linear-half", "plain", 7.5),
+    ("linear-most", "linear-most", "plain", 4.2),
+    ("linear-quarter-64MiB", "linear-quarter", "plain", 9.0),
+    ("linear-half-64MiB", "linear-half", "plain", 5.0),
+    ("linear-most-64MiB", "linear-most", "plain", 3.2),
+)
+FASTER_THAN_RIVALS = {"linear-quarter": 7.0, "linear-half": 4.0, "linear-most": 2.3}
+LINEAR_FROZEN = 0.65  # of the trainable time
 # "Linear in the scored rows": the time a row of the longest case over that of the shortest.
 LINEAR_GROWTH = 1.15
-# Of the linear path on a GPU, over the products alone: (case, mode, provider).
+PEAK_MIB = {"headline": 16.0, "linear-*-64MiB": 80.0}
+OVER_PRODUCTS: dict[Key, float] = {(case, "train", "fastpref"): 1.4 for case in FASTER_THAN_RIVALS}
+
+# On a GPU: the share of a copy's bandwidth, in every case whose logits are large; the rest as above.
+SHARE_OF_COPY, SHARE_OF_COPY_BYTES = 0.9, 2**30
 GPU_OVER_PRODUCTS = {
     ("linear-half", "forward", "fastpref_logps"): 1.15,
     ("linear-frozen", "train", "fastpref"): 1.15,
@@ -30,12 +43,14 @@ GPU_OVER_PRODUCTS = {
 }
 GPU_PEAK_MIB = {"linear-half": 1.1 * 1024, "linear-long": 3.0 * 1024}
 
-# Of whole training runs on a CPU: so many times faster, a share of the peak, losses, the share outside the layers.
-TRAINING_FASTER_THAN = {"trl": 8.0, "plain": 3.0}
-TRAINING_PEAK_OF_TRLS, TRAINING_LOSSES, TRAINING_OUTSIDE_LAYERS = 0.4, 1e-4, 0.25
-# Of TRL's own trainer with fastpref inside, against the same without.
-INSIDE_TRL_FASTER, INSIDE_TRL_PEAK = 4.0, 0.5
-TRAINING_FASTER_ON_GPU = 2.0
+# Of whole training runs on a CPU: who, against whom, so many times faster a step, and a share of the process's peak.
+TRAINING = (
+    ("fastpref", "trl", "", 8.0, 0.4),
+    ("fastpref", "plain", "", 3.0, None),
+    ("trl_fastpref", "trl", " with fastpref in trl", 4.0, 0.5),
+)
+TRAINING_ON_GPU = (("fastpref", "trl", "", 2.0, None),)
+TRAINING_LOSSES, TRAINING_OUTSIDE_LAYERS = 1e-4, 0.25
 LONGEST_OVER_PLAIN = 8.0
 
 
@@ -63,151 +78,111 @@ class Promise(NamedTuple):
 
 def judge(rows: Sequence[Row], device_class: str) -> list[Promise]:
     """The promises of a device class, of which the rows are there."""
-    longest = [row for row in rows if "longest" in row]
-    rows = [row for row in rows if is_timed(row)]
-    found = {(row["case"], row["mode"], row["provider"]): row for row in rows}
+    timed = [row for row in rows if is_timed(row)]
+    found = {(row["case"], row["mode"], row["provider"]): row for row in timed}
     if device_class == "cpu":
-        return [*_logits_on_cpu(found), *_linear_on_cpu(found), *_training_on_cpu(rows), *_longest_on_cpu(longest)]
+        return [
+            *_faster(found, timed),
+            *_over_products(found, OVER_PRODUCTS),
+            *_linear_growth(found),
+            *_peaks(found, PEAK_MIB),
+            *_training(timed, TRAINING),
+            *_training_losses_and_layers(timed),
+            *_longest([row for row in rows if "longest" in row]),
+        ]
     if device_class == "gpu":
-        return [*_logits_on_gpu(rows), *_linear_on_gpu(found), *_training_on_gpu(rows)]
+        return [
+            *_share_of_copy(timed),
+            *_over_products(found, GPU_OVER_PRODUCTS),
+            *_peaks(found, GPU_PEAK_MIB),
+            *_training(timed, TRAINING_ON_GPU),
+        ]
     return []
 
 
-Found = dict[tuple[str, str, str], Row]
-
-
-def _logits_on_cpu(found: Found) -> list[Promise]:
-    """cross_entropy is there twice: as people write it after a shift, and at its best, without the logits' copy."""
-    ours = found.get(("headline", "train", "fastpref"))
-    if ours is None:
-        return []
-    promises = []
-    for name, bound in FASTER_THAN.items():
-        if other := found.get(("headline", "train", name)):
-            promises.append(Promise("headline", f"times faster than {name}", _times(other, ours), bound, True))
-    return [*promises, *_peak(ours, HEADLINE_PEAK_MIB)]
-
-
-def _logits_on_gpu(rows: Sequence[Row]) -> list[Promise]:
-    ours = [row for row in rows if row["suite"] == "logps" and row["provider"] == "fastpref" and row["series"] is None]
-    return [
-        Promise(f"{row['case']} {row['mode']}", "of a copy's bandwidth", row["ratio_to_limit"], SHARE_OF_COPY, True)
-        for row in ours
-        if row["work"] >= SHARE_OF_COPY_BYTES
-    ]
-
-
-def _linear_on_cpu(found: Found) -> list[Promise]:
-    train = {(case, provider): row for (case, mode, provider), row in found.items() if mode == "train"}
-    promises = []
-    for case, (over_plain, over_rival) in LINEAR_FASTER.items():
-        ours, plain = train.get((case, "fastpref")), train.get((case, "plain"))
-        if ours and plain:
-            promises.append(Promise(case, "times faster than plain", _times(plain, ours), over_plain, True))
-        rivals = [row for (name, _), row in train.items() if name == case and row["rival"]]
+def _faster(found: Found, rows: Sequence[Row]) -> Iterator[Promise]:
+    for case, other_case, name, bound in FASTER_THAN:
+        ours, other = found.get((case, "train", "fastpref")), found.get((other_case, "train", name))
+        if ours and other:
+            yield Promise(case, f"times faster than {name}", _times(other, ours), bound, True)
+    for case, bound in FASTER_THAN_RIVALS.items():
+        ours = found.get((case, "train", "fastpref"))
+        rivals = [row for row in rows if (row["case"], row["mode"]) == (case, "train") and row["rival"]]
         if ours and rivals:
             best = min(rivals, key=lambda row: row["median_ms"])
             what = f"times faster than {best['provider']}, the fastest of {len(rivals)} rivals"
-            promises.append(Promise(case, what, _times(best, ours), over_rival, True))
-        if ours and ours["ratio_to_limit"] is not None:
-            promises.append(_over_products(case, ours, LINEAR_OVER_PRODUCTS))
-    for case, bound in LINEAR_FASTER_IN_64_MIB.items():
-        ours, plain = train.get((f"{case}-64MiB", "fastpref")), train.get((case, "plain"))
-        if ours and plain:
-            promises.append(Promise(f"{case}-64MiB", "times faster than plain", _times(plain, ours), bound, True))
-    half, frozen = train.get(("linear-half", "fastpref")), train.get(("linear-frozen", "fastpref"))
+            yield Promise(case, what, _times(best, ours), bound, True)
+
+
+def _over_products(found: Found, bounds: Mapping[Key, float]) -> Iterator[Promise]:
+    for key, bound in bounds.items():
+        row = found.get(key)
+        if row and row["ratio_to_limit"] is not None:
+            what = f"times the products alone, {row['products']} of them, {row['provider']} {row['mode']}"
+            yield Promise(row["case"], what, 1 / row["ratio_to_limit"], bound, False)
+
+
+def _linear_growth(found: Found) -> Iterator[Promise]:
+    ours = {case: row for (case, mode, name), row in found.items() if (mode, name) == ("train", "fastpref")}
+    half, frozen = ours.get("linear-half"), ours.get("linear-frozen")
     if half and frozen:
-        share = _times(frozen, half)
-        promises.append(Promise("linear-frozen", "of the trainable time", share, LINEAR_FROZEN, False))
-    return [*promises, *_in_64_mib(train)]
-
-
-def _in_64_mib(train: dict[tuple[str, str], Row]) -> list[Promise]:
-    small = [row for (case, provider), row in train.items() if case.endswith("-64MiB") and provider == "fastpref"]
-    promises = [promise for row in small for promise in _peak(row, LINEAR_PEAK_MIB)]
-    shortest = train.get(("linear-half-64MiB", "fastpref"))
-    longest = max(small, key=lambda row: row["scored_rows"], default=None)
-    if shortest and longest and longest["case"].startswith("linear-growth"):
+        yield Promise("linear-frozen", "of the trainable time", _times(frozen, half), LINEAR_FROZEN, False)
+    shortest = ours.get("linear-half-64MiB")
+    grown = [row for case, row in ours.items() if fnmatch(case, "linear-growth-*-64MiB")]
+    if shortest and grown:
+        longest = max(grown, key=lambda row: row["scored_rows"])
         growth = _times(longest, shortest) * shortest["scored_rows"] / longest["scored_rows"]
-        what = f"times the time a row of {shortest['case']}"
-        promises.append(Promise(longest["case"], what, growth, LINEAR_GROWTH, False))
-    return promises
+        yield Promise(longest["case"], f"times the time a row of {shortest['case']}", growth, LINEAR_GROWTH, False)
 
 
-def _linear_on_gpu(found: Found) -> list[Promise]:
-    rows = {key: found[key] for key in GPU_OVER_PRODUCTS if key in found}
-    promises = [
-        _over_products(key[0], row, GPU_OVER_PRODUCTS[key])
-        for key, row in rows.items()
-        if row["ratio_to_limit"] is not None
-    ]
-    peaks = [(found.get((case, "train", "fastpref")), bound) for case, bound in GPU_PEAK_MIB.items()]
-    return [*promises, *(promise for row, bound in peaks if row for promise in _peak(row, bound))]
+def _peaks(found: Found, bounds: Mapping[str, float]) -> Iterator[Promise]:
+    for (case, mode, name), row in found.items():
+        peak = row.get("peak_beyond_gradient_bytes")
+        for pattern, bound in bounds.items():
+            if (mode, name) == ("train", "fastpref") and peak is not None and fnmatch(case, pattern):
+                yield Promise(case, "MiB beyond the gradients", peak / MIB, bound, False)
 
 
-def _training(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """The training runs of a file: by case, then by contestant."""
-    cases: dict[str, dict[str, Row]] = {}
+def _share_of_copy(rows: Sequence[Row]) -> Iterator[Promise]:
     for row in rows:
-        if row["suite"] == "training":
-            cases.setdefault(row["case"], {})[row["provider"]] = row
-    return cases
+        ours = (row["suite"], row["provider"], row["series"]) == ("logps", "fastpref", None)
+        if ours and row["work"] >= SHARE_OF_COPY_BYTES:
+            case = f"{row['case']} {row['mode']}"
+            yield Promise(case, "of a copy's bandwidth", row["ratio_to_limit"], SHARE_OF_COPY, True)
 
 
-def _training_on_cpu(rows: Sequence[Row]) -> list[Promise]:
-    promises = []
-    for case, here in _training(rows).items():
-        ours, trl = here.get("fastpref"), here.get("trl")
-        for name, bound in TRAINING_FASTER_THAN.items():
-            other = here.get(name)
-            if ours and other:
-                promises.append(Promise(case, f"times faster a step than {name}", _times(other, ours), bound, True))
-        if ours and trl:
-            share = ours["peak_bytes"] / trl["peak_bytes"]
-            promises.append(Promise(case, "of the peak of trl's process", share, TRAINING_PEAK_OF_TRLS, False))
-        inside = here.get("trl_fastpref")
-        if inside and trl:
-            faster, share = _times(trl, inside), inside["peak_bytes"] / trl["peak_bytes"]
-            promises.append(Promise(case, "times faster a step with fastpref in trl", faster, INSIDE_TRL_FASTER, True))
-            what = "of the peak of trl's process with fastpref in trl"
-            promises.append(Promise(case, what, share, INSIDE_TRL_PEAK, False))
-        if ours and ours["dtype"] == "fp32" and ours["loss_error_against"] in here:
-            what = f"of {ours['loss_error_against']}'s loss at the step that is furthest from it"
-            promises.append(Promise(case, what, ours["loss_error"], TRAINING_LOSSES, False))
-        if ours and case.startswith("training-share"):
+def _training(rows: Sequence[Row], wanted: Sequence[tuple[str, str, str, float, float | None]]) -> Iterator[Promise]:
+    runs = {(row["case"], row["provider"]): row for row in rows if row["suite"] == "training"}
+    for case in dict.fromkeys(case for case, _ in runs):
+        for name, against, how, faster, share in wanted:
+            ours, other = runs.get((case, name)), runs.get((case, against))
+            if not (ours and other):
+                continue
+            what = f"times faster a step{how or f' than {against}'}"
+            yield Promise(case, what, _times(other, ours), faster, True)
+            if share is not None:
+                got = ours["peak_bytes"] / other["peak_bytes"]
+                yield Promise(case, f"of the peak of {against}'s process{how}", got, share, False)
+
+
+def _training_losses_and_layers(rows: Sequence[Row]) -> Iterator[Promise]:
+    for row in rows:
+        if (row["suite"], row["provider"]) != ("training", "fastpref"):
+            continue
+        if row["dtype"] == "fp32" and row["loss_error_against"] is not None:
+            what = f"of {row['loss_error_against']}'s loss at the step that is furthest from it"
+            yield Promise(row["case"], what, row["loss_error"], TRAINING_LOSSES, False)
+        if row["case"].startswith("training-share"):
             what = "of a step outside the layers"
-            promises.append(Promise(case, what, ours["outside_layers"], TRAINING_OUTSIDE_LAYERS, False))
-    return promises
+            yield Promise(row["case"], what, row["outside_layers"], TRAINING_OUTSIDE_LAYERS, False)
 
 
-def _training_on_gpu(rows: Sequence[Row]) -> list[Promise]:
-    return [
-        Promise(
-            case, "times faster a step than trl", _times(here["trl"], here["fastpref"]), TRAINING_FASTER_ON_GPU, True
-        )
-        for case, here in _training(rows).items()
-        if "trl" in here and "fastpref" in here
-    ]
-
-
-def _longest_on_cpu(rows: Sequence[Row]) -> list[Promise]:
-    found = {row["provider"]: row for row in rows if row["case"] == "longest-training"}
-    ours, plain = found.get("fastpref"), found.get("plain")
-    if not (ours and plain and plain["longest"]):
-        return []
-    ratio = ours["longest"] / plain["longest"]
-    return [Promise("longest-training", "times the plain loop's longest pair", ratio, LONGEST_OVER_PLAIN, True)]
+def _longest(rows: Sequence[Row]) -> Iterator[Promise]:
+    found = {row["provider"]: row["longest"] for row in rows if row["case"] == "longest-training"}
+    if found.get("fastpref") and found.get("plain"):
+        ratio = found["fastpref"] / found["plain"]
+        yield Promise("longest-training", "times the plain loop's longest pair", ratio, LONGEST_OVER_PLAIN, True)
 
 
 def _times(slower: Row, faster: Row) -> float:
-    return slower["median_ms"] / faster["median_ms"]
-
-
-def _over_products(case: str, row: Row, bound: float) -> Promise:
-    what = f"times the products alone, {row['products']} of them, {row['provider']} {row['mode']}"
-    return Promise(case, what, 1 / row["ratio_to_limit"], bound, False)
-
-
-def _peak(row: Row, bound: float) -> list[Promise]:
-    peak = row["peak_beyond_gradient_bytes"]
-    return [] if peak is None else [Promise(row["case"], "MiB beyond the gradients", peak / MIB, bound, False)]
+    return float(slower["median_ms"] / faster["median_ms"])

@@ -22,7 +22,7 @@ class Provider:
     name: str
     call: Callable[..., Any]
     family: str  # "fastpref", "plain", "torch", "limit", or the project whose work it is
-    how: str  # one line: what is called, with which options
+    how: str = ""  # one line: what is called, with which options; from hows.json
     rival: bool = False  # others' work; the fastest of them is the one to beat
     slow: bool = False  # on a CPU its calls take up to 20 s and 5 GB: two rounds
     compiles: bool = False  # under torch.compile: the first call of a shape takes many seconds

@@ -71,45 +71,9 @@ class _Scaled(Provider):
 
 _LIGER = {"liger_kernel": "liger-kernel"}
 
-LOGPS = (
-    Provider(
-        "liger",
-        _cross_entropy,
-        "liger",
-        'liger_cross_entropy(reduction="none"), the labels shifted instead of the logits, which it overwrites',
-        rival=True,
-        modules=_LIGER,
-        gpu_only=True,
-        spoils=True,
-    ),
-)
+LOGPS = (Provider("liger", _cross_entropy, "liger", rival=True, modules=_LIGER, gpu_only=True, spoils=True),)
 LINEAR = (
-    Provider(
-        "liger",
-        _fused_dpo,
-        "liger",
-        "LigerFusedLinearDPOLoss as it is by default (compiled, one pair a chunk), use_ref_model=False",
-        rival=True,
-        slow=True,
-        compiles=True,
-        modules=_LIGER,
-    ),
-    _Scaled(
-        "liger_ce",
-        _scaled,
-        "liger",
-        "LigerFusedLinearScaledCrossEntropyFunction on scored rows: CuTe on Hopper, elsewhere chunks in torch",
-        rival=True,
-        slow=True,
-        modules=_LIGER,
-    ),
-    Provider(
-        "liger_fused_ce",
-        _fused_ce,
-        "liger",
-        'fused_linear_cross_entropy(reduction="none") on scored rows, which makes the logits twice',
-        rival=True,
-        modules=_LIGER,
-        gpu_only=True,
-    ),
+    Provider("liger", _fused_dpo, "liger", rival=True, slow=True, compiles=True, modules=_LIGER),
+    _Scaled("liger_ce", _scaled, "liger", rival=True, slow=True, modules=_LIGER),
+    Provider("liger_fused_ce", _fused_ce, "liger", rival=True, modules=_LIGER, gpu_only=True),
 )

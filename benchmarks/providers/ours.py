@@ -60,20 +60,14 @@ def _loss(loss: str, *pairs: Tensor) -> Tensor:
 
 
 LOGPS = (
-    Provider("fastpref", _logps, "fastpref", "fastpref.sequence_logps"),
-    Provider("inplace", _logps_inplace, "fastpref", "fastpref.sequence_logps, inplace_backward=True", spoils=True),
-    Provider("extras", _logps_extras, "fastpref", f"fastpref.sequence_logps, extras={EXTRAS}"),
+    Provider("fastpref", _logps, "fastpref"),
+    Provider("inplace", _logps_inplace, "fastpref", spoils=True),
+    Provider("extras", _logps_extras, "fastpref"),
 )
 LINEAR = (
-    Provider("fastpref", _linear, "fastpref", "fastpref.linear_preference_loss"),
-    Provider("fastpref_logps", _linear_logps, "fastpref", "fastpref.linear_sequence_logps, then dpo_loss"),
-    Provider("extras", _linear_extras, "fastpref", f"fastpref.linear_sequence_logps, extras={EXTRAS}, then dpo_loss"),
-    Provider(
-        "logits",
-        _linear_logits,
-        "fastpref",
-        "F.linear, then fastpref.sequence_logps, inplace_backward=True",
-        slow=True,
-    ),
+    Provider("fastpref", _linear, "fastpref"),
+    Provider("fastpref_logps", _linear_logps, "fastpref"),
+    Provider("extras", _linear_extras, "fastpref"),
+    Provider("logits", _linear_logits, "fastpref", slow=True),
 )
-LOSSES = (Provider("fastpref", _loss, "fastpref", "fastpref.dpo_loss, fastpref.dpop_loss"),)
+LOSSES = (Provider("fastpref", _loss, "fastpref"),)

@@ -80,36 +80,16 @@ def _loss_compiled(loss: str, *pairs: Tensor) -> Tensor:
 
 
 LOGPS = (
-    Provider("plain", plain_logps, "plain", "logits.float().log_softmax(-1), gather, sum"),
-    Provider("plain_16bit", _logps_16bit, "plain", "the same without float(): 16-bit values and sums"),
-    Provider(
-        "compiled", _logps_compiled, "plain", "plain under torch.compile(dynamic=False)", rival=True, compiles=True
-    ),
+    Provider("plain", plain_logps, "plain"),
+    Provider("plain_16bit", _logps_16bit, "plain"),
+    Provider("compiled", _logps_compiled, "plain", rival=True, compiles=True),
 )
 LINEAR = (
-    Provider("plain", _linear, "plain", "F.linear, float().log_softmax(-1), gather, sum", slow=True),
-    Provider(
-        "plain_fp32",
-        _linear_fp32,
-        "plain",
-        "plain on float32 copies of both operands",
-        rival=True,
-        slow=True,
-        cpu_only=True,
-    ),
-    Provider(
-        "compiled",
-        _linear_compiled,
-        "plain",
-        "plain under torch.compile(dynamic=False)",
-        rival=True,
-        slow=True,
-        compiles=True,
-    ),
+    Provider("plain", _linear, "plain", slow=True),
+    Provider("plain_fp32", _linear_fp32, "plain", rival=True, slow=True, cpu_only=True),
+    Provider("compiled", _linear_compiled, "plain", rival=True, slow=True, compiles=True),
 )
 LOSSES = (
-    Provider("plain", _loss, "plain", "-logsigmoid(beta * margin).mean()"),
-    Provider(
-        "compiled", _loss_compiled, "plain", "plain under torch.compile(dynamic=False)", rival=True, compiles=True
-    ),
+    Provider("plain", _loss, "plain"),
+    Provider("compiled", _loss_compiled, "plain", rival=True, compiles=True),
 )

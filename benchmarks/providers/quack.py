@@ -60,37 +60,8 @@ def _chunks_serve(case: LinearCase) -> str | None:
 
 _QUACK = {"quack": "quack-kernels"}
 
-LOGPS = (
-    Provider(
-        "quack",
-        _cross_entropy,
-        "quack",
-        'quack.cross_entropy(reduction="none"), the labels shifted instead of the logits',
-        rival=True,
-        modules=_QUACK,
-        gpu_only=True,
-        serves=_gpu_serves,
-    ),
-)
+LOGPS = (Provider("quack", _cross_entropy, "quack", rival=True, modules=_QUACK, gpu_only=True, serves=_gpu_serves),)
 LINEAR = (
-    Provider(
-        "quack",
-        _linear,
-        "quack",
-        'linear_cross_entropy_func(reduction="none", inplace_backward=True) on scored rows',
-        rival=True,
-        modules=_QUACK,
-        gpu_only=True,
-        serves=_gpu_serves,
-    ),
-    Provider(
-        "quack_chunked",
-        _chunked,
-        "quack",
-        'chunked_linear_cross_entropy(reduction="sum") on the scored rows of each sequence',
-        rival=True,
-        modules=_QUACK,
-        gpu_only=True,
-        serves=_chunks_serve,
-    ),
+    Provider("quack", _linear, "quack", rival=True, modules=_QUACK, gpu_only=True, serves=_gpu_serves),
+    Provider("quack_chunked", _chunked, "quack", rival=True, modules=_QUACK, gpu_only=True, serves=_chunks_serve),
 )

@@ -156,30 +156,15 @@ _LIGER = {**_BASE, "liger_kernel": "liger-kernel"}
 _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 
 STEP = (
-    Provider("transformer", _transformer, "limit", "the layers alone: no head, no loss", modules=_BASE),
-    Provider("fastpref", _fastpref, "fastpref", "fastpref.model_logps, then preference_loss", modules=_BASE),
-    Provider(
-        "fastpref_hidden",
-        _fastpref_hidden,
-        "fastpref",
-        "the backbone's hidden states, then fastpref.linear_preference_loss",
-        modules=_BASE,
-    ),
-    Provider(
-        "fastpref_logits",
-        _fastpref_logits,
-        "fastpref",
-        "the model's logits, then fastpref.sequence_logps, inplace_backward=True",
-        modules=_BASE,
-    ),
-    Provider(
-        "plain", _plain, "plain", "the model's logits, float().log_softmax(-1), gather, sum", slow=True, modules=_BASE
-    ),
+    Provider("transformer", _transformer, "limit", modules=_BASE),
+    Provider("fastpref", _fastpref, "fastpref", modules=_BASE),
+    Provider("fastpref_hidden", _fastpref_hidden, "fastpref", modules=_BASE),
+    Provider("fastpref_logits", _fastpref_logits, "fastpref", modules=_BASE),
+    Provider("plain", _plain, "plain", slow=True, modules=_BASE),
     Provider(
         "compiled",
         _compiled,
         "plain",
-        "plain, what follows the logits under torch.compile(dynamic=False)",
         rival=True,
         compiles=True,
         serves=lambda case: (
@@ -187,32 +172,7 @@ STEP = (
         ),
         modules=_BASE,
     ),
-    Provider(
-        "trl",
-        _trl,
-        "trl",
-        "DPOTrainer(precompute_ref_log_probs=True).compute_loss, with the metrics that it computes there",
-        rival=True,
-        slow=True,
-        modules=_TRL,
-    ),
-    Provider(
-        "trl_liger",
-        _trl_liger,
-        "trl",
-        "the same with use_liger_kernel=True: Liger's kernels in the layers",
-        rival=True,
-        gpu_only=True,
-        modules={**_TRL, **_LIGER},
-    ),
-    Provider(
-        "liger",
-        _liger,
-        "liger",
-        "LigerFusedLinearDPOLoss as it is by default, use_ref_model=False; on a GPU its kernels in the layers too",
-        rival=True,
-        slow=True,
-        compiles=True,
-        modules=_LIGER,
-    ),
+    Provider("trl", _trl, "trl", rival=True, slow=True, modules=_TRL),
+    Provider("trl_liger", _trl_liger, "trl", rival=True, gpu_only=True, modules={**_TRL, **_LIGER}),
+    Provider("liger", _liger, "liger", rival=True, slow=True, compiles=True, modules=_LIGER),
 )

@@ -71,27 +71,14 @@ def _needs_linear_cross_entropy(case: Any) -> str | None:
 
 
 LOGPS = (
-    Provider(
-        "cross_entropy",
-        _cross_entropy,
-        "torch",
-        'F.cross_entropy(reduction="none") on logits[:, :-1], which copies them',
-        rival=True,
-    ),
-    Provider(
-        "cross_entropy_nocopy",
-        _cross_entropy_nocopy,
-        "torch",
-        'F.cross_entropy(reduction="none"), the labels shifted instead of the logits',
-        rival=True,
-    ),
+    Provider("cross_entropy", _cross_entropy, "torch", rival=True),
+    Provider("cross_entropy_nocopy", _cross_entropy_nocopy, "torch", rival=True),
 )
 LINEAR = (
     Provider(
         "linear_cross_entropy_tuned",
         _linear_cross_entropy_tuned,
         "torch",
-        f"F.linear_cross_entropy of scored rows, chunks of {TUNED_ROWS}; on a CPU float32 products, as documented",
         rival=True,
         slow=True,
         serves=_needs_linear_cross_entropy,
@@ -100,7 +87,6 @@ LINEAR = (
         "linear_cross_entropy",
         _linear_cross_entropy,
         "torch",
-        "F.linear_cross_entropy of scored rows, with the options that torch picks",
         rival=True,
         slow=True,
         serves=_needs_linear_cross_entropy,

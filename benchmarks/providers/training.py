@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,18 +46,6 @@ def _fastpref(inputs: Inputs, **options: Any) -> list[float]:
             **options,
         )
         return [record["loss"] for record in train(config, train_dataset=inputs.rows).history]
-
-
-def _packed(inputs: Inputs) -> list[float]:
-    return _fastpref(inputs, layout="packed")
-
-
-def _padded(inputs: Inputs) -> list[float]:
-    return _fastpref(inputs, layout="padded")
-
-
-def _logits(inputs: Inputs) -> list[float]:
-    return _fastpref(inputs, layout="padded", logps="logits")
 
 
 def _padded_batch(pairs: Sequence[Any], device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,10 +114,6 @@ def _known_references(inputs: Inputs, model: Any, logps: Any) -> list[Tensor]:
         return [logps(model, _padded_batch(pairs, inputs.device)) for pairs in inputs.steps]
 
 
-def _plain_cached(inputs: Inputs) -> list[float]:
-    return _plain(inputs, cached=True)
-
-
 def _trl(inputs: Inputs, trainer_class: Any = None, **options: Any) -> list[float]:
     """DPOTrainer.train() from the folder, as its documentation starts it; a frozen reference is its own affair."""
     import datasets
@@ -189,18 +174,6 @@ def check_same_tokens(dataset: Sequence[Any], pairs: Sequence[Any], max_length: 
                 )
 
 
-def _trl_precomputed(inputs: Inputs) -> list[float]:
-    return _trl(inputs, precompute_ref_log_probs=True)
-
-
-def _trl_fastest(inputs: Inputs) -> list[float]:
-    return _trl(inputs, precompute_ref_log_probs=True, gradient_checkpointing=False)
-
-
-def _trl_liger(inputs: Inputs) -> list[float]:
-    return _trl(inputs, precompute_ref_log_probs=True, use_liger_kernel=True)
-
-
 def _trl_fastpref(inputs: Inputs) -> list[float]:
     from fastpref.integrations.trl import FastPrefDPOTrainer
 
@@ -212,43 +185,26 @@ _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 
 # In the order of a run, most wanted first: time may run out.
 TRAINING = (
-    Provider("fastpref", _fastpref, "fastpref", "fastpref.train as it is by default", modules=_BASE),
-    Provider("trl", _trl, "trl", "DPOTrainer.train() as it is by default", rival=True, modules=_TRL),
-    Provider(
-        "trl_fastpref",
-        _trl_fastpref,
-        "fastpref",
-        "FastPrefDPOTrainer.train(), the DPOConfig of `trl`",
-        modules=_TRL,
-    ),
-    Provider("plain", _plain, "plain", "policy and frozen reference, float().log_softmax(-1), gather", modules=_BASE),
-    Provider(
-        "plain_cached", _plain_cached, "plain", "the same, the reference's log-probs computed once", modules=_BASE
-    ),
-    Provider("fastpref_packed", _packed, "fastpref", "fastpref.train, layout=packed", modules=_BASE),
-    Provider("fastpref_padded", _padded, "fastpref", "fastpref.train, layout=padded", modules=_BASE),
-    Provider("fastpref_logits", _logits, "fastpref", "fastpref.train, layout=padded, logps=logits", modules=_BASE),
+    Provider("fastpref", _fastpref, "fastpref", modules=_BASE),
+    Provider("trl", _trl, "trl", rival=True, modules=_TRL),
+    Provider("trl_fastpref", _trl_fastpref, "fastpref", modules=_TRL),
+    Provider("plain", _plain, "plain", modules=_BASE),
+    Provider("plain_cached", partial(_plain, cached=True), "plain", modules=_BASE),
+    Provider("fastpref_packed", partial(_fastpref, layout="packed"), "fastpref", modules=_BASE),
+    Provider("fastpref_padded", partial(_fastpref, layout="padded"), "fastpref", modules=_BASE),
+    Provider("fastpref_logits", partial(_fastpref, layout="padded", logps="logits"), "fastpref", modules=_BASE),
     Provider(
         "trl_fastest",
-        _trl_fastest,
+        partial(_trl, precompute_ref_log_probs=True, gradient_checkpointing=False),
         "trl",
-        "DPOTrainer.train(), precompute_ref_log_probs=True, gradient_checkpointing=False",
         rival=True,
         modules=_TRL,
     ),
-    Provider(
-        "trl_precomputed",
-        _trl_precomputed,
-        "trl",
-        "DPOTrainer.train(), precompute_ref_log_probs=True",
-        rival=True,
-        modules=_TRL,
-    ),
+    Provider("trl_precomputed", partial(_trl, precompute_ref_log_probs=True), "trl", rival=True, modules=_TRL),
     Provider(
         "trl_liger",
-        _trl_liger,
+        partial(_trl, precompute_ref_log_probs=True, use_liger_kernel=True),
         "trl",
-        "DPOTrainer.train(), precompute_ref_log_probs=True, use_liger_kernel=True",
         rival=True,
         gpu_only=True,
         modules={**_TRL, "liger_kernel": "liger-kernel"},

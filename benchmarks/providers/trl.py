@@ -40,36 +40,9 @@ def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, 
 
 
 _TRL = {"trl": "trl"}
-_SUMMED = "summed in the dtype that it returns, as CPOTrainer sums: float32 on a GPU, the logits' own on a CPU"
 
-LOGPS = (
-    Provider(
-        "trl",
-        _selective,
-        "trl",
-        f"trl.trainer.utils.selective_log_softmax, row_mask of the scored rows, {_SUMMED}",
-        rival=True,
-        modules=_TRL,
-    ),
-)
+LOGPS = (Provider("trl", _selective, "trl", rival=True, modules=_TRL),)
 LINEAR = (
-    Provider(
-        "trl_selective",
-        _linear_selective,
-        "trl",
-        f"F.linear, then selective_log_softmax, row_mask of the scored rows, {_SUMMED}",
-        rival=True,
-        slow=True,
-        modules=_TRL,
-    ),
-    Provider(
-        "trl_chunked",
-        _chunked,
-        "trl",
-        f"trl.kernels.ChunkedLogProbFunction on scored rows, {CHUNK} entries of the vocabulary at a time,"
-        " as add_fused_lm_head calls it on a GPU",
-        rival=True,
-        slow=True,
-        modules=_TRL,
-    ),
+    Provider("trl_selective", _linear_selective, "trl", rival=True, slow=True, modules=_TRL),
+    Provider("trl_chunked", _chunked, "trl", rival=True, slow=True, modules=_TRL),
 )
