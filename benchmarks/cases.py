@@ -27,8 +27,24 @@ HEADS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+class Scored:
+    """Sequences whose last `share` of positions is scored."""
+
+    batch: int
+    length: int
+    share: float
+
+    @property
+    def scored_per_sequence(self) -> int:
+        return round(self.share * (self.length - 1))
+
+    @property
+    def scored_rows(self) -> int:
+        return self.batch * self.scored_per_sequence
+
+
 @dataclass(frozen=True)
-class LogpsCase:
+class LogpsCase(Scored):
     """Logits (batch, length, vocab) with `share` of their rows scored, the last ones of each sequence."""
 
     name: str
@@ -40,14 +56,6 @@ class LogpsCase:
     rounds: int = 5
     beside: str = "most"
     series: str | None = None
-
-    @property
-    def scored_rows(self) -> int:
-        return self.batch * self.scored_per_sequence
-
-    @property
-    def scored_per_sequence(self) -> int:
-        return round(self.share * (self.length - 1))
 
     @property
     def itemsize(self) -> int:
@@ -81,7 +89,7 @@ class LossCase:
 
 
 @dataclass(frozen=True)
-class LinearCase:
+class LinearCase(Scored):
     """Hidden states (2·pairs, length, hidden) under a head (vocab, hidden), the last rows of each sequence scored."""
 
     name: str
@@ -100,16 +108,8 @@ class LinearCase:
     series: str | None = None
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> int:  # type: ignore[override]  # nobody writes it
         return 2 * self.pairs
-
-    @property
-    def scored_per_sequence(self) -> int:
-        return round(self.share * (self.length - 1))
-
-    @property
-    def scored_rows(self) -> int:
-        return self.batch * self.scored_per_sequence
 
     @property
     def unit_operations(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cases import VOCABS
+from .cases import VOCABS, Scored
 
 # Beyond every length that is tried: rotary embeddings take no memory for it.
 POSITIONS = 2**22
@@ -68,7 +68,7 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(Scored):
     """One step on `pairs` pairs of `length` tokens, the last ones of each sequence scored."""
 
     name: str
@@ -102,20 +102,12 @@ class StepCase:
         return self.shape.layers
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> int:  # type: ignore[override]  # nobody writes it
         return 2 * self.pairs
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
-
-    @property
-    def scored_per_sequence(self) -> int:
-        return round(self.share * (self.length - 1))
-
-    @property
-    def scored_rows(self) -> int:
-        return self.batch * self.scored_per_sequence
 
     @property
     def body_operations(self) -> int:

@@ -14,51 +14,14 @@ from ..cases import DTYPES, LinearCase, linear_cases
 from ..inputs import make_linear
 from ..measure import Timer, copies_needed
 from ..providers.base import Provider
-from .base import Inputs, Output, Suite
+from .base import Inputs, Output, Suite, beside
 from .linear_truth import LinearTruth
 
-# What stands beside each other in a case, in the order of the run, after "products", which is no way to the loss but
-# its floor. On two cores torch's own options for linear_cross_entropy take 100 s a call, ten times the tuned ones.
-_MOST = (
-    "fastpref",
-    "fastpref_logps",
-    "extras",
-    "logits",
-    "plain",
-    "plain_fp32",
-    "compiled",
-    "trl_selective",
-    "trl_chunked",
-    "liger",
-    "liger_ce",
-    "liger_fused_ce",
-    "cut_cross_entropy",
-    "cut_cross_entropy_exact",
-    "cut_cross_entropy_compile",
-    "quack",
-    "quack_chunked",
-    "linear_cross_entropy_tuned",
-)
-_FASTEST = (
-    "fastpref",
-    "plain",
-    "plain_fp32",
-    "trl_chunked",
-    "liger_ce",
-    "cut_cross_entropy",
-    "quack_chunked",
-    "linear_cross_entropy_tuned",
-)
 # What goes through torch.compile alone: of no use where the shape would be compiled for longer than it runs.
 _COMPILED = ("compiled", "cut_cross_entropy_compile")
-BESIDE: dict[str, tuple[str, ...]] = {
-    "all": (*_MOST, "linear_cross_entropy"),
-    "most": _MOST,
-    "fastest": _FASTEST,
-    "lengths": (*_FASTEST, "liger"),
-    "plain": ("fastpref", "fastpref_logps", "plain"),
-    "none": ("fastpref",),
-}
+# After "products", which is no way to the loss but its floor. On two cores torch's own options for
+# linear_cross_entropy take 100 s a call, ten times the tuned ones.
+BESIDE = beside("linear")
 # Without gradients: what the reference's log-probs cost. In the cases that have "all" or "most" beside fastpref, which
 # are also those where the memory of the slow ones is measured on a CPU: it is a call more, and much the same elsewhere.
 FORWARD = ("products", "fastpref_logps", "extras", "plain")

@@ -11,26 +11,9 @@ from torch import Tensor
 from ..cases import LogpsCase, logps_cases
 from ..inputs import make_labels, make_logits, make_upstream
 from ..measure import copies_needed, relative_error
-from .base import Inputs, Output, Suite
+from .base import Inputs, Output, Suite, beside
 
-# What stands beside fastpref, in the order of the run.
-BESIDE: dict[str, tuple[str, ...]] = {
-    "all": (
-        "fastpref",
-        "inplace",
-        "extras",
-        "plain",
-        "plain_16bit",
-        "cross_entropy",
-        "cross_entropy_nocopy",
-        "trl",
-        "liger",
-        "quack",
-        "compiled",
-    ),
-    "most": ("fastpref", "inplace", "plain", "cross_entropy", "cross_entropy_nocopy", "trl", "liger", "quack"),
-    "lengths": ("fastpref", "plain", "plain_16bit", "cross_entropy_nocopy", "trl", "liger", "quack"),
-}
+BESIDE = beside("logps")
 # Forward alone is timed where it is cheap to, or of interest: the headline and every case of a GPU.
 FORWARD = ("fastpref", "extras", "plain", "cross_entropy")
 TRUTH_ROWS = 4

@@ -11,9 +11,9 @@ from ..cases import LossCase, loss_cases
 from ..inputs import make_pairs
 from ..measure import MAX_COPIES, relative_error
 from ..providers.base import BETA, LAMBDA
-from .base import Inputs, Output, Suite
+from .base import Inputs, Output, Suite, beside
 
-BESIDE = {"all": ("fastpref", "plain", "compiled"), "eager": ("fastpref", "plain")}
+BESIDE = beside("losses")
 
 
 class LossesSuite(Suite):

@@ -31,24 +31,10 @@ from torch import Tensor
 from ..cases_step import StepCase, step_cases
 from ..inputs_step import StepTruth, build_model, make_step_batch, trainable
 from ..providers.base import Provider
-from .base import Inputs, Output, Suite
+from .base import Inputs, Output, Suite, beside
 
 LIMIT = "transformer"
-BESIDE: dict[str, tuple[str, ...]] = {
-    "all": (
-        "fastpref",
-        "fastpref_hidden",
-        "fastpref_logits",
-        "plain",
-        "compiled",
-        "trl",
-        "trl_liger",
-        "liger",
-    ),
-    "lengths": ("fastpref", "fastpref_hidden", "fastpref_logits", "plain", "trl", "trl_liger", "liger"),
-    "fastest": ("fastpref", "fastpref_hidden", "plain", "trl"),
-    "plain": ("fastpref", "fastpref_hidden", "plain"),
-}
+BESIDE = beside("step")
 # A longer case is held against the truth on batches of this length: attention in float64 grows with the square of it.
 CHECKED_LENGTH = 1024
 
