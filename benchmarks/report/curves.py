@@ -50,18 +50,15 @@ def against_length(file: dict[str, Any], group: Sequence[Row], axis_of: Axis) ->
     figure.subplots_adjust(left=0.1, right=0.74, top=0.79, bottom=0.1)
     lengths = sorted({row["length"] for row in group})
     families = {row["provider"]: row["family"] for row in group}
-    ends = []
     styles = _line_styles(lines, families)
     for name, points in lines.items():
-        style = styles[name]
-        axis.plot(*zip(*points, strict=True), **style)
+        axis.plot(*zip(*points, strict=True), label=name, **styles[name])
         if points[-1][0] < lengths[-1]:
-            axis.plot(*points[-1], marker="x", ms=10, mew=2.2, color=style["color"], zorder=5)
-        ends.append((points[-1], name, style["color"] if families[name] == OURS else GREYS[0]))
+            axis.plot(*points[-1], marker="x", ms=10, mew=2.2, color=styles[name]["color"], zorder=5)
     limits = {row["length"]: row["limit_ms"] for row in group if row.get("limit_ms")}
     if axis_of is TIME and limits:
-        axis.plot(sorted(limits), [limits[length] for length in sorted(limits)], color=WARNING, ls="--", lw=1.3)
-        ends.append(((max(limits), limits[max(limits)]), group[0]["limit"], WARNING))
+        at = sorted(limits)
+        axis.plot(at, [limits[length] for length in at], color=WARNING, ls="--", lw=1.3, label=group[0]["limit"])
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=axis_of.base)
     if axis_of is TIME:
@@ -80,7 +77,11 @@ def against_length(file: dict[str, Any], group: Sequence[Row], axis_of: Axis) ->
         )
     if any(points[-1][0] < lengths[-1] for points in lines.values()):
         figure.text(0.76, 0.03, "× no row beyond this length", fontsize=8.5, color=GREYS[1])
-    _label_ends(axis, ends)
+    handles, names = axis.get_legend_handles_labels()
+    # In the order of the lines' ends, as the eye meets them; a limit that is not in `lines` comes last.
+    order = sorted(range(len(names)), key=lambda place: -lines.get(names[place], [(0, 0.0)])[-1][1])
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9}
+    axis.legend([handles[place] for place in order], [names[place] for place in order], **beside)
     return figure
 
 
@@ -95,37 +96,3 @@ def _line_styles(lines: dict[str, Any], families: dict[str, str]) -> dict[str, d
         marker = MARKERS[place % len(MARKERS)]
         styles[name] = {"color": GREYS[place % len(GREYS)], "marker": marker, "lw": 1.4, "ms": 5.5, "zorder": 3}
     return styles
-
-
-def _label_ends(axis: Any, ends: Sequence[tuple[tuple[int, float], str, str]]) -> None:
-    """Names right of their lines' ends, pushed apart where they would overlap, then with a thin line to the end."""
-    to_axes = axis.transData + axis.transAxes.inverted()
-    for length in dict.fromkeys(point[0] for point, *_ in ends):
-        here = [(*to_axes.transform(point), point, name, colour) for point, name, colour in ends if point[0] == length]
-        here.sort(key=lambda end: end[1])
-        heights = _apart([float(end[1]) for end in here], gap=0.055)
-        for height, (right, own, point, name, colour) in zip(heights, here, strict=True):
-            line = {"arrowstyle": "-", "lw": 0.6, "color": colour, "shrinkA": 1, "shrinkB": 4}
-            axis.annotate(
-                name,
-                point,
-                (float(right) + 0.025, height),
-                textcoords="axes fraction",
-                va="center",
-                fontsize=9.5,
-                color=colour,
-                arrowprops=line if abs(height - own) > 0.01 else None,
-                annotation_clip=False,
-                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-                zorder=6,
-            )
-
-
-def _apart(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Ascending heights moved up, and back down from the top, until each is a gap from the next."""
-    moved = list(heights)
-    for place in range(1, len(moved)):
-        moved[place] = max(moved[place], moved[place - 1] + gap)
-    for place in range(len(moved) - 1, -1, -1):
-        moved[place] = min(moved[place], 1.0 - gap * (len(moved) - 1 - place))
-    return moved
