@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpref.folders import Owner, check, check_file, claim
+from fastpref.folders import Owner, check, claim
 from fastpref.options import Parser, UsageError
 from fastpref.tables import print_table
 
@@ -15,6 +15,8 @@ from . import results
 from .arguments import fail, need
 from .report.compare import compare
 
+# Of a folder of results: more of them may come to it, and one of a name is replaced when asked to.
+OWNER = Owner("fastpref bench", resume=True)
 # Beyond this share of time that a hypervisor took, times are not to be trusted.
 MUCH_STOLEN = 0.02
 DESCRIPTION = """Time, memory and error of fastpref beside other ways to the same numbers, and beside the limit of this
@@ -54,7 +56,6 @@ def main(argv: Sequence[str]) -> int:
     """0 done, 1 something got worse (--compare), 2 bad input, 130 interrupted."""
     try:
         options = _parser().parse_args(argv)
-        need("bench", "rich", "psutil", *([] if options.no_plots else ["matplotlib"]))
         if options.compare:
             comparison = compare(*(results.read(Path(path)) for path in options.compare))
             print(comparison.format())
@@ -66,19 +67,20 @@ def main(argv: Sequence[str]) -> int:
         _list(entries, run)
         return 0
     try:
-        _measure_all(run, entries)
+        with claim(Path(options.output_dir), OWNER) as claimed:
+            _measure_all(run, entries)
+            claimed.finish()
+            _show(run)
+            if run.rows and not options.no_plots:
+                from .report.plots import plot_all
+
+                made = plot_all(results.read(run.path), run.path.parent)
+                print(f"pictures: {', '.join(path.name for path in made)}")
     except KeyboardInterrupt:
         print(f"interrupted; {len(run.rows)} rows are kept in {run.path}")
         return 130
     finally:
         run.close()
-    _show(run)
-    if run.rows and not options.no_plots:
-        from .report.plots import plot_all
-
-        with claim(_plots(options), _owner(options)):
-            made = plot_all(results.read(run.path), _plots(options))
-        print(f"{len(made)} pictures in {_plots(options)}")
     return 0
 
 
@@ -87,36 +89,17 @@ def _prepare(options: Any) -> tuple[Any, list[Any]]:
         raise UsageError(f"--name must be letters, digits, '.', '_' and '-', got {options.name!r}")
     if options.quick and options.device_class not in (None, "quick"):
         raise UsageError(f"--quick is the set quick, and --device_class says {options.device_class}: give one of them")
-    path = None if options.list else _claimed(options)
+    path = None
+    if not options.list:
+        need("bench", "rich", "psutil", *([] if options.no_plots else ["matplotlib"]))
+        check(Path(options.output_dir), OWNER)
+        path = Path(options.output_dir, f"{options.name}.json")
+        if path.exists() and not options.overwrite:
+            raise UsageError(f"{path} is there: give another --name or --output_dir, or --overwrite")
     from .runner import Run, select  # after the cheap checks: it imports torch, and times a copy
 
     run = Run("quick" if options.quick else options.device_class or "auto", path)
-    entries = select(run.entries(), suites=options.suite, cases=options.case, providers=options.provider)
-    run.save()  # a folder that cannot be written to says so now
-    return run, entries
-
-
-def _plots(options: Any) -> Path:
-    return Path(options.output_dir, f"{options.name}-plots")
-
-
-def _owner(options: Any) -> Owner:
-    return Owner("fastpref bench", {"name": options.name}, resume=True)
-
-
-def _claimed(options: Any) -> Path:
-    """The results file; refused is what would replace anything but an earlier run's results and pictures."""
-    folder = Path(options.output_dir)
-    path = folder / f"{options.name}.json"
-    if not folder.is_dir():
-        check(folder, _owner(options))
-        return path
-    check_file(path, mark=results.MARK, option="--name")
-    if path.exists() and not options.overwrite:
-        raise UsageError(f"{path} is there: give another --name or --output_dir, or --overwrite")
-    if not options.no_plots:
-        check(_plots(options), _owner(options))
-    return path
+    return run, select(run.entries(), suites=options.suite, cases=options.case, providers=options.provider)
 
 
 def _list(entries: Sequence[Any], run: Any) -> None:

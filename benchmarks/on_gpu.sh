@@ -36,6 +36,10 @@ for option in "${@:2}"; do
     *) usage ;;
     esac
 done
+if [ -n "$(ls -A "$1" 2>/dev/null)" ] && [ ! -f "$1/parts.txt" ]; then
+    echo "$1 holds files, and none is parts.txt of an earlier run: give a new or empty OUT_DIR" >&2
+    exit 2
+fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -118,7 +122,8 @@ suites() {
     local name=$1 limit=$2
     shift 2
     part "$name" "$limit" "$python" -m fastpref.cli bench --device_class "$class" --suite "$@" \
-        --output_dir "$out" --name "$name" --overwrite --no_plots
+        --output_dir "$out/$name" --name "$name" --overwrite --no_plots
+    mv "$out/$name/$name.json" "$out"  # beside the other results, for the report
 }
 
 environment() {
@@ -138,7 +143,7 @@ if [ -n "$study" ]; then
     exit "$failed"
 fi
 
-rm -f "$out"/*.json "$out"/*.log "$out"/REPORT.md
+rm -rf "$out"/*.json "$out"/*.log "$out"/REPORT.md "$out"/plots
 part environment 20 bash -c environment
 if [ -n "$training" ]; then
     part training 300 "$python" -m fastpref.benchmarks.training --class "$class" --device "$device" --seconds 280 \

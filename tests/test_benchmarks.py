@@ -218,31 +218,19 @@ def test_bad_input_is_one_line_that_lists_what_is_known(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An earlier run's results only when asked to, and another's file or pictures never."""
-    files = {
-        "mine.json": '{"schema": 2}',
-        "theirs.json": "{}",
-        "pictures-plots/linear-half.png": "a picture",
-    }
+def test_a_folder_of_other_files_is_refused_and_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"results.json": "{}", "linear-half.png": "a picture"}
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    given = ["bench", "--device_class", "tiny", "--output_dir", str(tmp_path)]
-    refused = {
-        "--overwrite": ["--name", "mine"],
-        "did not write it": ["--name", "theirs", "--overwrite"],
-        "linear-half.png": ["--name", "pictures"],
-    }
-    for words, options in refused.items():
-        assert main([*given, *options]) == 2
-        assert words in capsys.readouterr().err
-    assert main([*given[:-1], str(tmp_path / "mine.json")]) == 2
-    assert "is a file" in capsys.readouterr().err
-    assert main([*given[:-1], str(tmp_path / "none" / "none")]) == 2
-    assert {
-        str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()
-    } == files
+    given = ["bench", "--device_class", "tiny", "--overwrite", "--output_dir"]
+    refused = [(tmp_path, "linear-half.png"), (tmp_path / "results.json", "file"), (tmp_path / "a" / "b", "mkdir -p")]
+    for folder, says in refused:
+        assert main([*given, str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize(
@@ -308,7 +296,11 @@ def test_bench_writes_a_whole_file_and_shows_its_rows(tmp_path: Path, capsys: py
     printed = capsys.readouterr()
     assert "losses dpop-7 plain train: " in printed.err
     assert "4 rows in" in printed.out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fastpref.json", "tiny.json"]
+    before = (tmp_path / "tiny.json").read_bytes()
+    assert main([*given, "--name", "tiny", "--no_plots"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "tiny.json").read_bytes() == before
 
 
 def test_the_list_names_every_way_and_why_some_are_skipped(capsys: pytest.CaptureFixture[str]) -> None:
