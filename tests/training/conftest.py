@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fastpref.training import TrainConfig
 
+VERSION = functools.cache(importlib.metadata.version)
 CORPUS = ["the sky is blue", "the sky is green today", "what is the colour of the sky?", "User: Assistant: ask again"]
 
 
@@ -65,6 +69,18 @@ def rows() -> list[dict[str, Any]]:
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny run; the tests of the curves put it back."""
     monkeypatch.setattr("fastpref.training.loop.draw", lambda run, history: None)
+
+
+@pytest.fixture(autouse=True)
+def versions_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run notes the versions of ten packages, and parses their metadata for it."""
+    monkeypatch.setattr(importlib.metadata, "version", VERSION)
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk matters to a machine that loses power; the tests of kills run in their own process."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -213,6 +213,7 @@ def test_a_fall_is_said_once_and_a_resumed_run_says_the_same(
         assert lines(result.output_dir) == [said]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_tells_only_whether_advice_was_given_resumes(falling: Make) -> None:
     straight = falling()
     folder = straight.output_dir / "checkpoint-16"
@@ -277,6 +278,7 @@ def test_norms_go_on_from_their_state_as_if_there_had_been_no_break() -> None:
         assert [resumed.see(*step) for step in steps[cut:]] == expected[cut:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"loss": "dpo"}, {"loss": "dpop"}, {"loss": "sft"}, {"loss": "kl_sft"}])
 def test_healthy_runs_get_no_advice(start: Make, options: dict[str, Any]) -> None:
     result = start(spoilt=False, **options)
@@ -317,6 +319,7 @@ def test_the_row_that_did_it_comes_first_with_its_own_gradients_norm(
     assert all(word in said.text for word in ("learning_rate", "warmup_steps", "max_grad_norm"))
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_run_as_it_was_dropout_included(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"disable_dropout": False, "batch_size": 2, "gradient_accumulation_steps": 2}
     first = start(**options)
@@ -327,6 +330,7 @@ def test_measuring_leaves_the_run_as_it_was_dropout_included(start: Make, monkey
     assert torch.equal(bits(first), bits(second))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_neither_repeats_nor_loses_what_was_said(start: Make, capsys: pytest.CaptureFixture[str]) -> None:
     straight = start(save_every=3)
     (said,) = straight.advice

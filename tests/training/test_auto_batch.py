@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,14 +33,13 @@ class Device:
         return need if need <= self.capacity else math.inf
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 100, 1000])
-@pytest.mark.parametrize("fits", [1, 2, 3, 5, 6, 7, 8, 63, 64, 65, 999, 5000])
-def test_trials_find_the_largest_that_fits(most: int, fits: int) -> None:
-    device = Device(10, 4, capacity=10 + 4 * fits + 3)
-    found = by_trial(device, most=most, limit=device.capacity)
-    assert found.pairs == min(most, fits)
-    assert len(device.tried) == len(set(device.tried)) <= 2 * math.ceil(math.log2(most + 1)) + 1
-    assert max(device.tried) <= most
+def test_trials_find_the_largest_that_fits() -> None:
+    for most, fits in itertools.product([1, 2, 3, 7, 8, 100, 1000], [1, 2, 3, 5, 6, 7, 8, 63, 64, 65, 999, 5000]):
+        device = Device(10, 4, capacity=10 + 4 * fits + 3)
+        found = by_trial(device, most=most, limit=device.capacity)
+        assert found.pairs == min(most, fits), (most, fits)
+        assert len(device.tried) == len(set(device.tried)) <= 2 * math.ceil(math.log2(most + 1)) + 1
+        assert max(device.tried) <= most
 
 
 def test_trials_leave_the_spare_free_though_more_would_fit() -> None:
@@ -53,18 +53,17 @@ def test_trials_stop_at_one_pair_that_does_not_fit() -> None:
     assert (found.pairs, found.measured, device.tried) == (1, {1: math.inf}, [1])
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8, 100, 1000])
-@pytest.mark.parametrize("fits", [1, 2, 3, 5, 6, 8, 64, 65, 999, 5000])
 @pytest.mark.parametrize("fixed", [0, 3, 700])
-def test_extrapolation_finds_the_largest_and_tries_nothing_beyond_the_limit(most: int, fits: int, fixed: int) -> None:
-    limit = fixed + 40 * fits + 3
-    device = Device(fixed, 40, capacity=math.inf)
-    found = by_extrapolation(device, most=most, limit=limit)
-    assert all(fixed + 40 * tried <= limit for tried in device.tried)
-    if fixed <= 40:  # where the fixed part outweighs a pair's, two pairs are not dared near the limit
-        assert found.pairs <= min(most, fits) <= found.pairs + found.pairs // 16
-    assert found.pairs in device.tried
-    assert len(device.tried) <= 8
+def test_extrapolation_finds_the_largest_and_tries_nothing_beyond_the_limit(fixed: int) -> None:
+    for most, fits in itertools.product([1, 2, 3, 8, 100, 1000], [1, 2, 3, 5, 6, 8, 64, 65, 999, 5000]):
+        limit = fixed + 40 * fits + 3
+        device = Device(fixed, 40, capacity=math.inf)
+        found = by_extrapolation(device, most=most, limit=limit)
+        assert all(fixed + 40 * tried <= limit for tried in device.tried), (most, fits)
+        if fixed <= 40:  # where the fixed part outweighs a pair's, two pairs are not dared near the limit
+            assert found.pairs <= min(most, fits) <= found.pairs + found.pairs // 16, (most, fits)
+        assert found.pairs in device.tried
+        assert len(device.tried) <= 8
 
 
 def test_extrapolation_goes_by_what_it_measures_last_when_the_line_bends_up() -> None:
@@ -190,6 +189,7 @@ def test_a_run_takes_what_was_found_keeps_its_steps_and_its_weights_are_those_of
     assert "auto_batch: micro-batches as in the checkpoint" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_begin_to_use_it(
     limited: type[Limited], make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -213,6 +213,7 @@ def test_one_pair_beyond_the_memory_is_an_error_with_the_sizes(
         train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
 
 
+@pytest.mark.slow
 def test_an_allocators_error_in_a_trial_is_a_size_that_does_not_fit(
     limited: type[Limited], make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,

@@ -99,6 +99,7 @@ def test_runs_are_not_mixed_up_in_a_folder(start: Make, tmp_path: Path) -> None:
         start(output_dir=third, resume=checkpoint)
 
 
+@pytest.mark.slow
 def test_weights_of_several_dtypes_come_back_as_they_were(start: Make, make_model: Make) -> None:
     def mixed() -> Any:
         model = make_model().to(torch.bfloat16)
@@ -111,6 +112,7 @@ def test_weights_of_several_dtypes_come_back_as_they_were(start: Make, make_mode
     assert all(map(torch.equal, first.parameters(), resumed.parameters()))
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(start: Make) -> None:
     short = start(max_steps=3, schedule="constant")
     longer = start(max_steps=6, schedule="constant", resume=True)
@@ -127,6 +129,7 @@ def test_the_reference_is_the_initial_model_even_if_the_trained_one_is_given(sta
     assert steps(resumed.history) == steps(straight.history)
 
 
+@pytest.mark.slow
 def test_a_lost_reference_is_computed_again_from_the_initial_model_and_from_no_other(
     start: Make, make_model: Make
 ) -> None:
@@ -148,6 +151,7 @@ def test_only_the_newest_checkpoints_stay(start: Make) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "training_state.pt", "rng_0.pt"} <= names
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_stops_the_run_with_the_room_and_the_earlier_checkpoint_named(
     start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -339,6 +343,7 @@ def test_a_checkpoint_that_is_written_again_is_there_at_every_moment(
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_torn_line_of_the_metrics_is_made_again_and_no_other(start: Make, tmp_path: Path) -> None:
     straight = start(max_steps=6, output_dir=str(tmp_path / "straight"))
     run = start(max_steps=3, schedule="linear").output_dir
@@ -366,6 +371,7 @@ def test_the_random_states_of_python_and_numpy_come_back_too(start: Make) -> Non
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "values", "steps"),
     [
@@ -406,6 +412,7 @@ def test_the_best_value_is_in_the_checkpoint_of_a_run_that_keeps_no_model_of_it(
     assert not (result.output_dir / "best").exists()
 
 
+@pytest.mark.slow
 def test_the_best_value_counts_after_resuming(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"eval_every": 1, "save_best": True, "schedule": "constant"}
     evaluate = loop.evaluate
@@ -455,6 +462,7 @@ def test_without_held_out_pairs_there_is_no_best_model(make_config: Make, make_m
         train(make_config(save_best=True), model=make_model(), tokenizer=tokenizer, train_dataset=[row])
 
 
+@pytest.mark.slow
 def test_of_an_adapter_only_its_weights_are_saved_and_a_run_resumes_with_them(
     start: Make, make_model: Make, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_nothing_is_written_and_the_model_given_stays_as_it_is(
     assert "dry run: nothing was trained, and nothing was written" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

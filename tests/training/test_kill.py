@@ -6,6 +6,7 @@ each run, which a process with torch's threads in it could not do.
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -34,21 +35,39 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+class Script:
+    """The script below, which makes the undisturbed run and then each part that a test asks for, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.errors = folder, folder / "errors"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(folder)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    @functools.cache  # noqa: B019 - a module's fixture
+    def part(self, name: str) -> dict[str, Any]:
+        """What the script has found out in a part."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(name, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, self.errors.read_text()[-3000:]
+        return json.loads(answer)
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script below has found out."""
+def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    folder = tmp_path_factory.mktemp("kill")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stdout), "folder": folder}
+    script = Script(tmp_path_factory.mktemp("kill"))
+    yield script
+    script.process.communicate()  # the end of its input is the end of the script
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -74,39 +93,50 @@ def assert_same(run: Path, undisturbed: Path) -> None:
             assert content == other[part][name], name
 
 
-def test_a_run_killed_at_20_random_moments_ends_with_the_same_bits(report: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_a_run_killed_at_20_random_moments_ends_with_the_same_bits(script: Script) -> None:
+    report = script.part("random")
     assert report["kills"] == KILLS
     assert report["kills while saving"] >= 3  # or the moments would not be those that matter
-    for name in report["runs"]:
-        assert_same(report["folder"] / name, report["folder"] / "undisturbed")
+    for name in report["newest"]:
+        assert_same(script.folder / name, script.folder / "undisturbed")
 
 
-def test_a_run_killed_before_every_single_operation_of_a_save_ends_with_the_same_bits(report: dict[str, Any]) -> None:
-    names = report["operations"]
-    assert {"save_pretrained", "save", "fsync", "rename", "unlink", "rmdir"} <= set(names)
+@pytest.mark.slow
+def test_a_run_killed_before_every_single_operation_of_a_save_ends_with_the_same_bits(script: Script) -> None:
+    report = script.part("each")
+    assert {"save_pretrained", "save", "fsync", "rename", "unlink", "rmdir"} <= set(report["operations"])
     assert report["steps left"] > 0  # the last child was not killed because its save had no more operations
-    assert_same(report["folder"] / "each", report["folder"] / "undisturbed")
+    assert_same(script.folder / "each", script.folder / "undisturbed")
 
 
-def test_a_kill_never_takes_a_step_back_that_was_saved(report: dict[str, Any]) -> None:
-    for steps in report["newest"].values():
+@pytest.mark.slow
+def test_a_kill_never_takes_a_step_back_that_was_saved(script: Script) -> None:
+    for steps in script.part("random")["newest"].values():
         assert steps == sorted(steps)
 
 
+def test_a_run_killed_while_it_saves_ends_with_the_same_bits(script: Script) -> None:
+    report = script.part("one")
+    assert report["killed while saving"]
+    assert_same(script.folder / "one", script.folder / "undisturbed")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "file"), [("full-model", "model.safetensors"), ("full-optimizer", "optimizer.pt")])
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_and_the_run_goes_on_to_the_same_bits(
-    report: dict[str, Any], name: str, file: str
+    script: Script, name: str, file: str
 ) -> None:
     """The system refuses to let any file grow beyond a size, between those of the small ones and that of `file`."""
-    run, before = report["folder"] / name, report[name]
-    message = (report["folder"] / f"{name}.error").read_text()
+    before, run = script.part(name), script.folder / name
+    message = (script.folder / f"{name}.error").read_text()
     assert "File too large" in message
     assert message.startswith(f"{run / 'checkpoint-3'} could not be written: ")
     assert message.endswith(f"The newest checkpoint is {run / 'checkpoint-2'}; mend that and go on with resume")
     assert before["newest"] == 2
     assert before["hidden"] == []
-    assert (report["folder"] / "undisturbed" / "checkpoint-24" / file).stat().st_size > LIMITS[name]
-    assert_same(run, report["folder"] / "undisturbed")
+    assert (script.folder / "undisturbed" / "checkpoint-24" / file).stat().st_size > LIMITS[name]
+    assert_same(run, script.folder / "undisturbed")
 
 
 class _Script:
@@ -224,7 +254,18 @@ class _Script:
             saving += self.saving[0] == 1
             newest[name].append(self.newest(name))
         self.wait(self.fork(name), name)
-        return {"kills": kills, "kills while saving": saving, "newest": newest, "runs": list(newest)}
+        return {"kills": kills, "kills while saving": saving, "newest": newest}
+
+    def one_kill(self) -> dict[str, Any]:
+        """A kill in the middle of a save, and the run's end."""
+        child = self.fork("one")
+        while not self.saving[0]:
+            time.sleep(0.0001)
+        os.kill(child, signal.SIGKILL)
+        self.wait(child, "one")
+        killed = self.saving[0] == 1
+        self.wait(self.fork("one"), "one")
+        return {"killed while saving": killed}
 
     def full_disk(self, name: str) -> dict[str, Any]:
         """A run whose files may not grow beyond a size after its second checkpoint; then, without limit, its end."""
@@ -305,7 +346,8 @@ class _Script:
 
         self.loop.save_checkpoint = first_only
 
-    def run(self) -> dict[str, Any]:
+    def run(self, answers: TextIO) -> None:
+        """The undisturbed run; then a part for each line of input, and a line for what it has shown."""
         begin = time.perf_counter()
         child = self.fork("undisturbed")
         while not self.saving[0]:
@@ -313,12 +355,20 @@ class _Script:
         start = time.perf_counter() - begin
         self.wait(child, "undisturbed")
         step = (time.perf_counter() - begin - start) / OPTIONS["max_steps"]
-        found = self.random_kills(start, step)
-        found |= {name: self.full_disk(name) for name in LIMITS}
-        operations = list(self.each_operation())
-        left = OPTIONS["max_steps"] - self.left
-        return {**found, "operations": operations, "steps left": left, "start": start, "step": step}
+        for line in sys.stdin:
+            name = line.strip()
+            if name == "random":
+                found = self.random_kills(start, step)
+            elif name == "each":
+                found = {"operations": list(self.each_operation()), "steps left": OPTIONS["max_steps"] - self.left}
+            elif name == "one":
+                found = self.one_kill()
+            else:
+                found = self.full_disk(name)
+            print(json.dumps(found), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_Script(Path(sys.argv[1])).run()))
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what libraries print goes to the errors
+        _Script(Path(sys.argv[1])).run(answers)

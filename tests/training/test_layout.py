@@ -47,6 +47,7 @@ def test_every_layout_makes_the_same_run(
         torch.testing.assert_close(weights(found.model), weights(expected.model), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_cut_into_micro_batches_by_tokens_changes_nothing_but_rounding(
     make_config: Make, make_model: Make, tokenizer: Any, rows: Rows, tmp_path: Any
 ) -> None:
@@ -70,6 +71,7 @@ def test_the_prompt_stands_in_a_shared_row_once(tokenizer: Any, rows: Rows) -> N
     assert widths["padded"][0] == 8
 
 
+@pytest.mark.slow
 def test_pairs_without_a_prompt_make_the_same_run_in_every_layout(
     make_config: Make, make_model: Make, tokenizer: Any, tmp_path: Any
 ) -> None:
@@ -83,6 +85,7 @@ def test_pairs_without_a_prompt_make_the_same_run_in_every_layout(
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_reentrant_checkpointing_of_the_callers_model_makes_the_same_run(
     make_config: Make, make_model: Make, tokenizer: Any, rows: Rows, tmp_path: Any
 ) -> None:

@@ -159,6 +159,7 @@ def test_strides_and_offsets_come_back_as_they_were() -> None:
     assert seen[0].untyped_storage().data_ptr() == seen[1].untyped_storage().data_ptr()  # one storage came back
 
 
+@pytest.mark.slow
 def test_the_copies_live_no_longer_than_the_graph() -> None:
     model, x = Saved(), torch.randn(4, 9, 32, requires_grad=True)
     with ActivationOffload(model, CPU, smallest=1) as context:

@@ -168,6 +168,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by RLIMIT_AS")
 def test_the_cpus_own_allocator_error_ends_the_command_with_one_line_and_code_1(
     make_model: Make, tokenizer: Any, tmp_path: Path

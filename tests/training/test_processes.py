@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ FSDP2 = {
 }
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, *, only_ddp: bool) -> None:
     """What each of the two processes does: some runs, and for each a file with what cannot be seen from outside."""
     loop.draw = lambda run, history: None  # takes longer than a tiny run
     gradients.FIRST = gradients.PAIRS = 1  # all steps explode
@@ -68,6 +70,9 @@ def work(folder: Path) -> None:
         (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
 
     run("ddp")
+    if only_ddp:
+        torch.distributed.destroy_process_group()
+        return
     os.chdir(folder)
     for name in ("first", "second"):
         run(name, output_dir=None)
@@ -93,8 +98,12 @@ def tiny_model(*, tied: bool) -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., Any]) -> Path:
-    """A folder with the runs of one process and of two."""
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., Any]
+) -> Path:
+    """A folder with the runs of one process and of two; sharded ones only where a test of them was selected."""
+    here = [item for item in request.session.items if item.path == request.path]
+    only_ddp = not any(item.get_closest_marker("slow") for item in here)
     folder = tmp_path_factory.mktemp("processes")
     rows = [
         {"prompt": f"what is the colour of sky {i}?", "chosen": " blue" + " today" * (i % 4), "rejected": f" {i}" * 3}
@@ -103,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[...,
     make_tokenizer().save_pretrained(folder / "tokenizer")
     for name, part in (("train", rows), ("eval", rows[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    for name, tied in (("tied", True), ("untied", False)):
+    for name, tied in (("tied", True), *(() if only_ddp else (("untied", False),))):
         model = tiny_model(tied=tied)
         model.save_pretrained(folder / name)
         with pytest.MonkeyPatch.context() as patch:
@@ -115,9 +124,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[...,
                 train_dataset=rows,
                 eval_dataset=rows[:3],
             )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     done = subprocess.run(
-        [sys.executable, *launch, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), *(["ddp"] if only_ddp else [])],
         cwd=folder,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -136,9 +146,13 @@ def facts(runs: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("alone", "name"), [("one-tied", "ddp"), ("one-tied", "fsdp2"), ("one-untied", "fsdp2-untied")]
+    ("alone", "name"),
+    [
+        ("one-tied", "ddp"),
+        pytest.param("one-tied", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("one-untied", "fsdp2-untied", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_make_the_steps_of_one(runs: Path, alone: str, name: str) -> None:
     """Losses, gradient norms, counts of tokens and evaluations of each step, the samples, and the final weights."""
@@ -162,8 +176,10 @@ def test_a_process_of_two_keeps_half_of_a_sharded_model(runs: Path) -> None:
     assert max(half["held"] for half in halves) < 0.51 * whole["held"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-resumed"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "fsdp2-resumed"))],
+)
 def test_an_explosion_is_told_alike_with_the_rows_of_both_processes_by_their_losses(runs: Path, name: str) -> None:
     """In the tail, the second step: five rows, of which a process without a pair left has run one again."""
     texts = [[text for text in fact["advice"] if "the gradient of step 2" in text] for fact in facts(runs, name)]
@@ -202,7 +218,30 @@ def test_both_processes_of_a_run_have_the_same_new_folder_and_are_refused_alike(
     assert refused[0] == refused[1]
     assert refused[0].startswith("output_dir 'tokenizer' ")
     assert not (runs / "tokenizer" / MARKER).exists()
+def launch(folder: Path, *, only_ddp: bool) -> int:
+    """Start two processes with the variables that torchrun sets; forked, so that torch is imported once for both."""
+    from torch.distributed import fsdp  # noqa: F401
+    from torch.utils import tensorboard  # noqa: F401
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children = []
+    for rank in ("0", "1"):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ.update(RANK=rank, LOCAL_RANK=rank)
+        try:
+            work(folder, only_ddp=only_ddp)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    sys.exit(launch(Path(sys.argv[1]), only_ddp="ddp" in sys.argv[2:]))

@@ -450,6 +450,7 @@ def test_weights_are_hashed_in_parts_and_shown(make_model: Make, monkeypatch: py
     assert len(bars) == 1
 
 
+@pytest.mark.slow
 def test_a_reference_model_of_its_own_is_used_and_then_freed(
     reference_of: Make,
     make_model: Make,
@@ -484,6 +485,7 @@ def test_a_reference_model_of_its_own_is_used_and_then_freed(
     assert seen == []
 
 
+@pytest.mark.slow
 def test_loading_a_reference_model_draws_no_random_number(
     make_run: Make, make_model: Make, tokenizer: Any, tmp_path: Path
 ) -> None:
