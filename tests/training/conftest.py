@@ -18,9 +18,10 @@ pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fastpref.environment import commit
 from fastpref.training import TrainConfig
 
-VERSION = functools.cache(importlib.metadata.version)
+VERSION, COMMIT = functools.cache(importlib.metadata.version), functools.cache(commit)
 CORPUS = ["the sky is blue", "the sky is green today", "what is the colour of the sky?", "User: Assistant: ask again"]
 
 
@@ -72,9 +73,11 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def versions_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run notes the versions of ten packages, and parses their metadata for it."""
+def versions_and_commit_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run notes them: it parses the metadata of ten packages for it, and starts git twice."""
     monkeypatch.setattr(importlib.metadata, "version", VERSION)
+    for module in ("fastpref.environment", "fastpref.training.run_folder"):
+        monkeypatch.setattr(f"{module}.commit", COMMIT, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ each run, which a process with torch's threads in it could not do.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import mmap
 import os
@@ -43,6 +44,7 @@ class Script:
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(folder)],
+                cwd=folder,  # outside a repository, or every run asks git twice
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -173,8 +175,14 @@ class _Script:
         return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
 
     def warm_up(self) -> None:
-        """What transformers imports and compiles when it is first used, once for all children."""
+        """What transformers imports and compiles when it is first used, and versions, once for all children."""
         import torch
+
+        from fastpref.environment import package_version
+
+        importlib.metadata.version = functools.cache(importlib.metadata.version)
+        for name in ("fastpref", "torch", "triton", "numpy", "transformers", "datasets", "accelerate", "peft", "trl"):
+            package_version(name)
 
         model = self.model()
         model.save_pretrained(self.folder / "warm")

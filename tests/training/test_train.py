@@ -316,6 +316,7 @@ def test_a_conversation_without_a_template_takes_the_default_and_says_so(
     assert "the tokenizer has no chat template: the plain default" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plots_of_one_record_and_of_many_are_drawn(tmp_path: Path) -> None:
     names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     for steps in (1, 30):

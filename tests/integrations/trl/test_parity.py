@@ -104,6 +104,7 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=1, **shape))
 
 
+@pytest.mark.slow
 def test_a_model_of_learned_positions_padded_on_either_side(make_both: Make, same_steps: Make) -> None:
     """On the left TRL counts positions from the padding on: such a batch stays as it is. GPT-2's head is tied, too."""
     theirs, ours = make_both(gpt2)
@@ -113,6 +114,7 @@ def test_a_model_of_learned_positions_padded_on_either_side(make_both: Make, sam
     assert ours.model.config._attn_implementation == NAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool, make_both: Make, same_steps: Make) -> None:
     """TRL's default: the layers run again in the backward, and see the same segments."""
@@ -140,6 +142,7 @@ def test_lora_on_a_plain_model_and_its_reference_with_adapters_off(make_both: Ma
     assert ours.model.get_base_model().config._attn_implementation == NAME
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_already_is_its_own_reference(make_both: Make, make_llama: Make, same_steps: Make) -> None:
     peft = pytest.importorskip("peft", reason='needs pip install "fastpref[trl]"')
 
@@ -152,6 +155,7 @@ def test_an_adapter_trained_already_is_its_own_reference(make_both: Make, make_l
     same_steps(theirs, ours, steps=3)
 
 
+@pytest.mark.slow
 def test_prompt_tuning_prepends_virtual_tokens(make_both: Make, same_steps: Make) -> None:
     """Embeddings come in place of ids, so that rows stay as they are."""
     peft = pytest.importorskip("peft", reason='needs pip install "fastpref[trl]"')
@@ -169,6 +173,7 @@ def mixture() -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [0.5, 0.0])
 def test_a_mixture_of_experts_with_and_without_its_auxiliary_loss(
     coefficient: float, make_both: Make, same_steps: Make
@@ -179,6 +184,7 @@ def test_a_mixture_of_experts_with_and_without_its_auxiliary_loss(
     assert ours.model.config._attn_implementation == ("sdpa" if coefficient else NAME)
 
 
+@pytest.mark.slow
 def test_whole_runs_with_evaluations_log_the_same(make_both: Make, make_llama: Make, rows: list[Any]) -> None:
     """`train()` itself: clipping, AdamW, schedule, accumulation, the reference synchronised, evaluation."""
     import datasets
@@ -244,6 +250,7 @@ def test_generation_runs_on_the_models_own_attention(make_trainer: Make, make_ll
     assert trainer.compute_loss(trainer.model, batch).item() == first
 
 
+@pytest.mark.slow
 def test_two_trainers_one_after_the_other_on_one_model(make_trainer: Make, make_llama: Make) -> None:
     model = make_llama()
     first = make_trainer(FastPrefDPOTrainer, model=model)
@@ -264,6 +271,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(make_trainer: Make) -
     assert not torch.allclose(other(**inputs, fused_lm_head=True).log_probs, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_plain_forward_beside_the_loss_leaves_checkpointed_rows_their_attention(
     reentrant: bool, make_both: Make, same_steps: Make, monkeypatch: pytest.MonkeyPatch
