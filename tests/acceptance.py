@@ -54,8 +54,7 @@ class _Pool:
         assert ours.shape == eager.shape == truth.shape
         assert torch.isfinite(truth).all(), "compare special values exactly instead"
         assert torch.isfinite(ours).all()
-        if not truth.any():
-            assert not ours.any(), "the truth is zero everywhere"
+        if not truth.numel():
             return
         self.dtype, self.scale = ours.dtype, max(self.scale, truth.abs().max().item())
         self.ours.add(ours, truth)
