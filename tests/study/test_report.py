@@ -445,19 +445,27 @@ def test_the_mean_curve_goes_as_far_as_every_seed() -> None:
     assert values.tolist() == [0, 4, 8]
 
 
-def test_the_report_is_a_page_with_pictures_that_are_not_blank(tmp_path: Path) -> None:
-    few = some(sets=("standard",), seeds=(0,), methods=("dpo", "sft"))  # each picture once, and quickly
-    page = report.write_report(few, tmp_path, samples=20)
+def check_picture(path: Path) -> None:
+    picture = imread(path)[..., :3]  # (H, W, 3)
+    assert 700 < picture.shape[1] < 1300
+    assert (picture.min(axis=2) < 0.9).mean() > 0.01, f"{path.name} is blank"
+    assert (picture[:3] > 0.99).all(), f"{path.name} is clipped"  # nothing runs out of the picture at its top
+
+
+def test_a_picture_is_not_blank(study: Study, tmp_path: Path) -> None:
+    names = ("training-standard", "training-low_edit", "answers", "drift", "margins", "sweep", "wins")
+    pictures = plots.pictures(study)
+    assert set(pictures) == {f"{name}.png" for name in names}
+    pictures["answers.png"](tmp_path / "answers.png")
+    check_picture(tmp_path / "answers.png")
+
+
+@pytest.mark.slow
+def test_the_report_is_a_page_with_all_its_pictures(tmp_path: Path) -> None:
+    page = report.write_report(some(), tmp_path, samples=20)
     assert page == tmp_path / "README.md"
     named = set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
-    assert named == {
-        "training-standard.png",
-        *(f"{name}.png" for name in ("answers", "drift", "margins", "sweep", "wins")),
-    }
-    assert {path.name for path in page.parent.iterdir()} == {*named, "README.md"}
+    assert len(named) == 7
+    assert {path.name for path in tmp_path.iterdir()} == {*named, "README.md"}
     for name in named:
-        picture = imread(page.parent / name)[..., :3]  # (H, W, 3)
-        assert 700 < picture.shape[1] < 1300
-        inked = (picture.min(axis=2) < 0.9).mean()
-        assert inked > 0.01, name
-        assert (picture[:3] > 0.99).all(), f"{name} is clipped"  # nothing runs out of the picture at its top
+        check_picture(tmp_path / name)
