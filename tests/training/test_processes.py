@@ -218,6 +218,8 @@ def test_both_processes_of_a_run_have_the_same_new_folder_and_are_refused_alike(
     assert refused[0] == refused[1]
     assert refused[0].startswith("output_dir 'tokenizer' ")
     assert not (runs / "tokenizer" / MARKER).exists()
+
+
 def launch(folder: Path, *, only_ddp: bool) -> int:
     """Start two processes with the variables that torchrun sets; forked, so that torch is imported once for both."""
     from torch.distributed import fsdp  # noqa: F401
