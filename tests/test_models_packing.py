@@ -51,6 +51,7 @@ SERVED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(LIKE_LLAMA, SMALL),
     "gpt2": GPT2,
     "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen3_moe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({**SMALL}, "recurrent layers"),
