@@ -90,3 +90,10 @@ def test_each_python_gets_one_version_of_a_package(python: str) -> None:
     for name in ("torch", "triton", "numpy", "transformers", "peft", "pytest", "ruff", "mypy"):
         assert chosen[name], f"no {name} for Python {python}"
     assert bool(chosen["trl"]) == (python != "3.10.13")
+
+
+def test_compiled_md_is_of_the_triton_that_constraints_txt_names() -> None:
+    (pin,) = pins()["triton"]
+    page = (ROOT / "benchmarks" / "compile" / "COMPILED.md").read_text(encoding="utf-8")
+    (version,) = re.findall(r"Triton (\d+\.\d+\.\d+)", page)
+    assert str(pin.specifier) == f"=={version}"
