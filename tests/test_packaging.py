@@ -67,6 +67,14 @@ def test_a_wheel_from_the_source_distribution_holds_every_module_and_its_texts(s
     assert not [name for name in found if not name.startswith("fastpref/")]
 
 
+def test_every_link_and_picture_of_the_readme_works_on_a_package_page() -> None:
+    """A package page has no files beside it: a link is a whole address or an anchor of the page itself."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)
+    targets += re.findall(r"""(?:src|href)=["']([^"']+)""", text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+
+
 def pins() -> dict[str, list[Requirement]]:
     """By name; a package has several lines where Pythons get different versions."""
     found: dict[str, list[Requirement]] = {}
