@@ -17,6 +17,8 @@ if "ATEN_CPU_CAPABILITY" in os.environ:  # Inductor's cache does not tell levels
     level = os.environ["ATEN_CPU_CAPABILITY"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{level}")
 
+from fastpref.backend import interpreting
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -30,7 +32,7 @@ def device() -> str:
 def kernels_run() -> None:
     """Skips a test of the kernels where they cannot run: without Triton, or where its interpreter fails."""
     interpreter = pytest.importorskip("fastpref.interpreter", reason="Triton is not installed")
-    if INTERPRETED and (problem := interpreter.interpreter_problem()) is not None:
+    if interpreting() and (problem := interpreter.interpreter_problem()) is not None:
         pytest.skip(problem)
 
 
