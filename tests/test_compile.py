@@ -309,6 +309,7 @@ def test_a_kernel_with_narrow_accesses_fails_where_16_divides_its_sizes_and_only
     assert (free["loads"], free["stores"], free["problem"]) == ({"4": 8}, {"4": 8}, "")
 
 
+@pytest.mark.slow
 def test_matrix_and_copy_instructions_are_seen_where_there_are_any(tmp_path: Path) -> None:
     """What "none" in the page is worth: wgmma, tensor memory, cp.async, TMA and MFMA show in kernels that have them."""
     (tmp_path / "bad_kernels.py").write_text(KERNELS + "LARGE = 8192" + SPILLING_CASES)
@@ -325,6 +326,7 @@ def test_matrix_and_copy_instructions_are_seen_where_there_are_any(tmp_path: Pat
     assert found["described", "sm_80"] == ([], [])
 
 
+@pytest.mark.slow
 def test_a_spill_on_amd_is_seen(tmp_path: Path) -> None:
     (tmp_path / "bad_kernels.py").write_text(KERNELS + "LARGE = 16384" + SPILLING_CASES)
     arguments = (*BAD, "--kernel", "spilling", "--arch", "gfx942", "--dtype", "bf16")
