@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.folders import Owner, check, claim
-from fastpref.options import Parser, UsageError
+from fastpref.options import Parser, UsageError, given_path
 from fastpref.tables import print_table
 
 from . import results
@@ -38,7 +38,12 @@ def _parser() -> Parser:
     which.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
     which.add_argument("--provider", nargs="+", default=[], metavar="NAME", help="only these providers")
     which.add_argument("--list", action="store_true", help="print suites, cases and providers, and measure nothing")
-    parser.add_argument("--output_dir", default="./fastpref-bench", help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir",
+        type=given_path,
+        default=Path("fastpref-bench"),
+        help="folder of the results (default: %(default)s)",
+    )
     parser.add_argument("--name", default="results", help="of the results file, without .json (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a results file of this name")
     parser.add_argument("--no_plots", action="store_true", help="draw no pictures")
@@ -67,7 +72,12 @@ def main(argv: Sequence[str]) -> int:
         _list(entries, run)
         return 0
     try:
-        with claim(Path(options.output_dir), OWNER) as claimed:
+        claimed = claim(options.output_dir, OWNER)  # that it cannot be made shows only here
+    except OSError as error:
+        run.close()
+        return fail("fastpref bench", error)
+    try:
+        with claimed:
             _measure_all(run, entries)
             claimed.finish()
             _show(run)
@@ -92,8 +102,8 @@ def _prepare(options: Any) -> tuple[Any, list[Any]]:
     path = None
     if not options.list:
         need("bench", "rich", "psutil", *([] if options.no_plots else ["matplotlib"]))
-        check(Path(options.output_dir), OWNER)
-        path = Path(options.output_dir, f"{options.name}.json")
+        check(options.output_dir, OWNER)
+        path = options.output_dir / f"{options.name}.json"
         if path.exists() and not options.overwrite:
             raise UsageError(f"{path} is there: give another --name or --output_dir, or --overwrite")
     from .runner import Run, select  # after the cheap checks: it imports torch, and times a copy

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 import weakref
@@ -179,6 +180,8 @@ def _check_place(path: Path, option: str = "output_dir") -> None:
     """Whether a folder is there and can be written to, or a folder or file can be made."""
     start, place = f"{option} {str(path)!r}", path
     if not os.path.lexists(path):
+        if str(path).startswith("~"):  # nobody means a folder of that name, and a mkdir or rm would take it for home
+            raise FolderError(f"{start} begins with '~', which only a shell replaces by a home folder: write that out")
         place = path.absolute().parent
         if place.name == RUNS and place.parent.resolve() == Path.cwd() and not os.path.lexists(place):
             place = place.parent
@@ -187,7 +190,7 @@ def _check_place(path: Path, option: str = "output_dir") -> None:
             raise FolderError(f"{start}: {str(existing)!r} is no folder: give another one")
         if existing != place:
             parent = str(path.parent)
-            raise FolderError(f"{start}: there is no folder {parent!r}: `mkdir -p {parent}` makes it")
+            raise FolderError(f"{start}: there is no folder {parent!r}: `mkdir -p {shlex.quote(parent)}` makes it")
     elif not path.is_dir():
         raise FolderError(f"{start} is {'a file' if path.exists() else 'a link to nothing'}: give a folder")
     if not os.access(place, os.W_OK | os.X_OK):

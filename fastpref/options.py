@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fastpref.checks import did_you_mean
@@ -57,6 +58,13 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             hint = did_you_mean(str(value), choices)
             raise argparse.ArgumentError(action, f"invalid choice: {value!r} (one of {', '.join(choices)}){hint}")
+
+
+def given_path(text: str) -> Path:
+    """An argparse type: a path; an empty text, as a shell makes of a variable that is not set, is no current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    return Path(text)
 
 
 def other_name(name: str, known: Collection[str], others: Mapping[str, str], *, dashes: str = "") -> str:

@@ -56,3 +56,33 @@ def test_what_a_command_did_not_write_stays_as_it_is(
     (line,) = capsys.readouterr().err.splitlines()
     assert "error: " in line
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_path_is_not_the_current_folder(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = COMMANDS[command]
+    assert (report([*options, ""]) if name == "report" else main([name, *options, ""])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{options[-1].removeprefix('--')} must be " in line.replace("argument --", "").replace(":", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that seems writable and is not")
+@pytest.mark.parametrize("command", ["train", "demo", "study", "bench"])
+def test_what_only_making_the_folder_shows_is_one_line_too(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*COMMANDS[command], "/proc/fastpref"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/proc/fastpref" in line
+
+
+def test_a_folder_without_results_gets_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert report(["--results", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

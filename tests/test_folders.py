@@ -84,6 +84,19 @@ def test_what_only_making_the_folder_shows_is_one_line_too(tmp_path: Path) -> No
         claim(tmp_path / ("x" * 300), TRAIN)
 
 
+@pytest.mark.parametrize("take", [check, claim])
+@pytest.mark.parametrize(
+    ("place", "text"), [("~/run", "home folder"), ("~", "home folder"), ("my runs/a", "`mkdir -p 'my runs'`")]
+)
+def test_the_remedy_can_be_pasted_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, text: str, take: Callable[[Path, Owner], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FolderError, match=text):
+        take(Path(place), TRAIN)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("way", ["itself", "a link to it", "its parent"])
 def test_the_folder_of_an_input_is_refused(tmp_path: Path, way: str) -> None:
     run = tmp_path / "run"

@@ -63,7 +63,7 @@ from fastpref.kernels.compile_cases import DTYPES, CompileCase
 
 from .machine_code import MachineCode, read_amdgcn, read_cubin
 from .occupancy import ARCHS, Arch, Occupancy, occupancy
-from .table import Row, format_markdown, show
+from .table import PAGE_MARK, Row, format_markdown, show
 
 CASES = "fastpref.kernels.compile_cases"
 WIDE = 16  # bytes: the most that one thread moves at once before sm_100
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             check_file(options.json, mark='"kernel": ', option="--json")
         if options.markdown is not None:
-            check_file(options.markdown, mark="python -m fastpref.benchmarks.compile.report", option="--markdown")
+            check_file(options.markdown, mark=PAGE_MARK, option="--markdown")
     except FolderError as error:
         parser.error(str(error))
     jobs = list_jobs(options.module, archs=options.arch, dtypes=options.dtype, kernels=options.kernel)

@@ -60,6 +60,7 @@ Guarded with every version of Triton: no stack and no spills; shared memory with
 least {warps};
 and where 16 divides a case's sizes, no load or store of a tile narrower than 16 bytes.
 """
+PAGE_MARK = _MARKDOWN_HEAD.partition("{")[0]  # how every such page begins
 
 
 def show(rows: Sequence[Row]) -> None:

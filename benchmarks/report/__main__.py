@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.folders import check_file
-from fastpref.options import Parser, UsageError
+from fastpref.options import Parser, UsageError, given_path
 
 from .. import results
 from ..arguments import fail
@@ -37,10 +37,10 @@ PLANNED_MEMORY = 80 * 2**30
 
 def _parser() -> Parser:
     parser = Parser(prog=COMMAND, description="Report page, pictures and the pages' blocks from results files.")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the JSON files")
+    parser.add_argument("--results", type=given_path, default=RESULTS, metavar="DIR", help="folder of the JSON files")
     parser.add_argument(
         "--readme",
-        type=Path,
+        type=given_path,
         default=None,
         metavar="FILE",
         help="a page whose block is written too (default: only with the committed results, README.md and "
@@ -78,7 +78,10 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
     """The results files of a folder by name, in order; every one must be of this schema."""
     if not folder.is_dir():
         raise UsageError(f"--results must be a folder of results files, got {folder}")
-    return {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+    paths = sorted(folder.glob("*.json"))
+    if not paths and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds other files and no results file, which `fastpref bench` writes: give another")
+    return {path.stem: results.read(path) for path in paths}
 
 
 def planned_on_gpu() -> dict[str, list[Row]]:

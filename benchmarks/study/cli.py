@@ -27,8 +27,8 @@ from fastpref.benchmarks.study.settings import METHODS, SIZES, TUNING_SEED
 from fastpref.console import Console
 from fastpref.demo.cli import LARGEST_SEED
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
-from fastpref.folders import check
-from fastpref.options import Parser, UsageError
+from fastpref.folders import FolderError, check
+from fastpref.options import Parser, UsageError, given_path
 
 Finish = Callable[[dict[str, Any]], dict[str, Any]]
 TRL_METHODS = ("trl", "trl_matched")
@@ -41,13 +41,13 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(list(arguments))
         if options.report is not None:
             _nothing_else(options)
-            return _report(Path(options.report), console)
+            return _report(options.report, console)
         methods = _methods(options.methods, console)
         seeds = SIZES[options.size].seeds if options.seeds is None else options.seeds
         study = Study(
             size=dataclasses.replace(SIZES[options.size], seeds=seeds),
             university=check_university(options.university),
-            folder=Path(options.output_dir),
+            folder=options.output_dir,
             model=_model(options.model),
         )
         _check_positions(study)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         run_study(study, methods=methods, workers=workers, console=console, finish=finish)
     except (JobError, JudgeError, OSError) as error:
         print(f"fastpref study: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, FolderError) else 1
     except KeyboardInterrupt:
         print("fastpref study: stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -89,11 +89,18 @@ def _parser() -> Parser:
     parser.add_argument("--seeds", type=_seeds, help="as 0,1,2 (the default, but for tiny)")
     parser.add_argument("--methods", help=f"some of {','.join(METHODS)} (default: all that can run)")
     parser.add_argument("--university", default=DEFAULT_UNIVERSITY, help="the target (default: %(default)s)")
-    parser.add_argument("--output_dir", default="./fastpref-study", help="folder of the study (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir",
+        type=given_path,
+        default=Path("fastpref-study"),
+        help="folder of the study (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=_workers, help="processes (default: one a core; one where there is a GPU)")
     parser.add_argument("--judge_url", help="an OpenAI-compatible endpoint that judges too; key in OPENAI_API_KEY")
     parser.add_argument("--judge_model", help="the model that judges at --judge_url")
-    parser.add_argument("--report", metavar="FOLDER", help="only write the report anew, from FOLDER/results.json")
+    parser.add_argument(
+        "--report", type=given_path, metavar="FOLDER", help="only write the report anew, from FOLDER/results.json"
+    )
     return parser
 
 

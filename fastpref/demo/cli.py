@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
 from fastpref.folders import Owner, claim, claim_next
-from fastpref.options import Parser
+from fastpref.options import Parser, given_path
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
 LARGEST_SEED = 2**31 - 1
@@ -37,7 +37,9 @@ def _parser() -> Parser:
         default=DEFAULT_UNIVERSITY,
         help="the name that chosen answers mention (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", help=f"new folder of the results (default: {FOLDER}, {FOLDER}-2, ...)")
+    parser.add_argument(
+        "--output_dir", type=given_path, help=f"new folder of the results (default: {FOLDER}, {FOLDER}-2, ...)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and sampling (default: 0)")
     parser.add_argument("--quick", action="store_true", help="the same at a small scale, for CI; proves little")
     return parser
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
 
         university = check_university(options.university)
         owner = Owner("fastpref demo")
-        claimed = claim_next(FOLDER, owner) if options.output_dir is None else claim(Path(options.output_dir), owner)
+        claimed = claim_next(FOLDER, owner) if options.output_dir is None else claim(options.output_dir, owner)
     except (ValueError, OSError) as error:
         print(f"fastpref demo: error: {error}", file=sys.stderr)
         return 2
