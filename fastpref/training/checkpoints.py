@@ -38,8 +38,12 @@ class ResumeError(ValueError):
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; what has no manifest is none."""
-    found = [(_step(path), path) for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
+    return [path for path in named_as_checkpoints(output_dir) if (path / MANIFEST).is_file()]
+
+
+def named_as_checkpoints(output_dir: Path) -> list[Path]:
+    """What stands under the names of checkpoints, by their steps."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step)
 
 
 def find_checkpoint(resume: str, output_dir: Path, accelerator: Any, *, say: Callable[[str], None]) -> Path:

@@ -256,6 +256,10 @@ def _check_cache(config: TrainConfig) -> None:
     value = config.reference_cache
     if value is not None and Path(value).exists() and not Path(value).is_dir():
         raise ValueError(f"reference_cache must be a folder, or the name of a new one; {value!r} is a file")
+    if value is not None and value.startswith("~") and not Path(value).exists():
+        raise ValueError(
+            f"reference_cache={value!r} begins with '~', which only a shell replaces by a home folder: write that out"
+        )
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:

@@ -54,7 +54,7 @@ def read_cache(folder: Path, key: ReferenceKey, wanted: Iterable[str], *, say: C
     A file whose first line is damaged is renamed, and a line says so.
     """
     found, pairs = Found(), set(wanted)
-    for path in sorted(folder.glob("reference-*.jsonl")):
+    for path in filter(Path.is_file, sorted(folder.glob("reference-*.jsonl"))):
         header = _read_header(path)
         if header is not None and header["key"] == key.digest:
             _read_lines(path, key, pairs, found)

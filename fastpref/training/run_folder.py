@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastpref.environment import record
 from fastpref.folders import MARKER, Claim, FolderError, Owner, check, claim, claim_next, claimed, next_folder
 from fastpref.training.advice import ADVICE
-from fastpref.training.checkpoints import broadcast, checkpoint_folders
+from fastpref.training.checkpoints import broadcast, checkpoint_folders, named_as_checkpoints
 from fastpref.training.config import TrainConfig
 from fastpref.training.durable import MANIFEST, new_file, sweep, writing
 
@@ -117,9 +117,8 @@ def _check_own(folder: Path, goes_on: bool) -> None:
             f"output_dir {str(folder)!r} holds checkpoints of an earlier run: set resume to go on with it, or give "
             "another folder"
         )
-    foreign = [
-        name for name in ("model", "best") if (folder / name).exists() and not (folder / name / MANIFEST).exists()
-    ]
+    replaced = [folder / "model", folder / "best", *named_as_checkpoints(folder)]
+    foreign = [path.name for path in replaced if path.exists() and not (path / MANIFEST).exists() and not _empty(path)]
     readme = folder / README
     if readme.exists() and LISTING["model"] not in readme.read_text(encoding="utf-8", errors="replace"):
         foreign.append(README)
@@ -128,6 +127,10 @@ def _check_own(folder: Path, goes_on: bool) -> None:
             f"output_dir {str(folder)!r} holds {', '.join(foreign)}, which {COMMAND} did not write and would replace: "
             "move that away"
         )
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def describe_run(run: Run) -> None:

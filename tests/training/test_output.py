@@ -136,10 +136,10 @@ def test_a_run_that_could_not_begin_leaves_no_folder(start: Make, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "model", "best"])
+@pytest.mark.parametrize("name", ["README.md", "model", "best", "checkpoint-3"])
 def test_what_somebody_has_put_where_a_run_would_write_is_refused(start: Make, tmp_path: Path, name: str) -> None:
     run = start(output_dir=str(tmp_path / "run"), save_every=1).output_dir
-    if name != "best":
+    if (run / name).exists():
         (run / name).rename(tmp_path / name)
     if name == "README.md":
         (run / name).write_text("# run\n")
@@ -150,6 +150,18 @@ def test_what_somebody_has_put_where_a_run_would_write_is_refused(start: Make, t
     with pytest.raises(FolderError, match=f"holds {name}, which fastpref train did not write"):
         start(output_dir=str(run), save_every=1, max_steps=3, resume=True)
     assert snapshot(run) == before
+
+
+def test_what_lies_beside_the_checkpoints_of_a_run_that_goes_on_stays(start: Make, tmp_path: Path) -> None:
+    run = start(output_dir=str(tmp_path / "run"), save_every=1).output_dir
+    others = [run / name for name in ("checkpoint-best", "checkpoint-3-mine", "model-old", "reference-mine.jsonl")]
+    for folder in others:
+        folder.mkdir()
+        (folder / "weights.bin").write_text("mine")
+    before = [snapshot(folder) for folder in others]
+    start(output_dir=str(run), save_every=1, keep_checkpoints=1, max_steps=4, resume=True)
+    assert (run / "checkpoint-4").is_dir()
+    assert [snapshot(folder) for folder in others] == before
 
 
 def test_a_run_that_was_killed_goes_on_or_starts_again_and_nothing_else_may_have_its_folder(
