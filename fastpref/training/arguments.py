@@ -54,8 +54,8 @@ def make_parser() -> Parser:
 
 
 def _add(parser: Parser, option: Field[Any], hint: Any) -> None:
-    told = dict(option.metadata)
-    text = told.pop("help").replace("%", "%%")
+    told = dict(option.metadata["parser"])
+    text = option.metadata["help"].replace("%", "%%")
     if option.default not in (None, False):
         text += f" (default: {option.default})"
     names = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpref.checks import check_bool, check_choice, check_number, describe, parse_budget
 
-PRECISIONS = ("fp32", "bf16")
-LOGPS = ("linear", "logits")
-LAYOUTS = ("shared", "packed", "padded")
-ATTENTIONS = ("sdpa", "flex")
 # Those of transformers.get_scheduler that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = (
     "constant",
@@ -24,28 +21,6 @@ SCHEDULES = (
     "linear",
     "polynomial",
 )
-
-OPTIONAL_STRINGS = (
-    "model",
-    "tokenizer",
-    "chat_template",
-    "dataset",
-    "eval_dataset",
-    "reference_model",
-    "reference_cache",
-    "output_dir",
-)
-SWITCHES = (
-    "disable_dropout",
-    "freeze_head",
-    "auto_batch",
-    "gradient_checkpointing",
-    "offload_activations",
-    "save_best",
-    "dry_run",
-    "progress",
-)
-
 # What a trained model bears; random weights would not move at that rate.
 LEARNING_RATE = 1e-6
 SCRATCH_LEARNING_RATE = 3e-4
@@ -54,11 +29,13 @@ MAX_LENGTH = 1024
 TRIAL_MAX_LENGTH = 256
 TRIAL_PAIRS = 16
 ALL_LINEAR = "all-linear"
+POSITIVE: dict[str, Any] = {"minimum": 0, "open_minimum": True}
+SHARE: dict[str, Any] = {"minimum": 0, "maximum": 1, "open_maximum": True}
 
 
-def _option(default: Any, text: str, **parser: Any) -> Any:
-    """A field with the help text that `fastpref train --help` shows, and what argparse is told besides."""
-    return field(default=default, metadata={"help": text, **parser})
+def _option(default: Any, text: str, *, parser: Mapping[str, Any] | None = None, **bounds: Any) -> Any:
+    """A field with the help text that `fastpref train --help` shows, what argparse is told besides, and its bounds."""
+    return field(default=default, metadata={"help": text, "parser": parser or {}, "bounds": bounds})
 
 
 @dataclass
@@ -72,9 +49,8 @@ class TrainConfig:
 
     # What is trained
     model: str | None = _option(None, "Folder or hub name of a causal language model to start from.")
-    model_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "JSON text or a config.json path: a model with random weights, instead of --model."},
+    model_config: dict[str, Any] | str | None = _option(  # noqa: RUF009 - the default is None
+        None, "JSON text or a config.json path: a model with random weights, instead of --model."
     )
     tokenizer: str | None = _option(None, "Folder or hub name of the tokenizer; by default that of --model.")
     chat_template: str | None = _option(None, "Jinja chat template, as text or as a path to a file.")
@@ -88,9 +64,9 @@ class TrainConfig:
         None, "Folder that keeps reference log-probs, to share them between runs; by default the run's own."
     )
     lora_rank: int = _option(
-        0, "Train LoRA adapters of this rank (PEFT) in place of the weights; 0 trains the weights."
+        0, "Train LoRA adapters of this rank (PEFT) in place of the weights; 0 trains the weights.", minimum=0
     )
-    lora_alpha: float | None = _option(None, "LoRA's alpha; by default twice the rank.")
+    lora_alpha: float | None = _option(None, "LoRA's alpha; by default twice the rank.", **POSITIVE)
     lora_target_modules: str = _option(
         ALL_LINEAR,
         f"Names of the modules that get an adapter, separated by commas, or {ALL_LINEAR}; the head never does.",
@@ -102,19 +78,19 @@ class TrainConfig:
     # Data
     dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
     eval_dataset: str | None = _option(None, "Held-out pairs, in the same forms as --dataset.")
-    eval_fraction: float = _option(0.0, "Share of --dataset to hold out, drawn with --seed; 0 holds out none.")
+    eval_fraction: float = _option(0.0, "Share of --dataset to hold out, drawn with --seed; 0 holds out none.", **SHARE)
     max_length: int | None = _option(
         None,
         "Tokens a sequence may have; a response is cut at its end to fit. By default "
         f"{MAX_LENGTH}, and {TRIAL_MAX_LENGTH} for the trial model that is built where no model is given.",
+        minimum=2,
     )
 
     # Loss
     loss: str = _option("sigmoid", "Name of the preference loss: dpo, dpop, ipo, sft, kl_sft and so on.")
-    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
-    loss_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Options of the loss as JSON, for instance '{\"lam\": 5.0}' for dpop."},
+    beta: float = _option(0.1, "Strength of the pull towards the reference model.", **POSITIVE)
+    loss_options: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None, "Options of the loss as JSON, for instance '{\"lam\": 5.0}' for dpop."
     )
 
     # Optimiser
@@ -122,25 +98,27 @@ class TrainConfig:
         None,
         f"Peak learning rate of AdamW; by default {LEARNING_RATE:g}, {LORA_LEARNING_RATE:g} for adapters, and "
         f"{SCRATCH_LEARNING_RATE:g} for a model with random weights.",
+        minimum=0,
     )
     schedule: str = _option("linear", "Learning-rate schedule, by its name in transformers.get_scheduler.")
-    warmup_steps: int = _option(0, "Steps over which the learning rate rises from 0.")
-    warmup_ratio: float = _option(0.0, "The same as a share of all steps; give one of the two.")
-    weight_decay: float = _option(0.0, "AdamW weight decay, on matrices only (not on biases and norms).")
-    adam_beta1: float = _option(0.9, "AdamW beta1.")
-    adam_beta2: float = _option(0.999, "AdamW beta2.")
-    adam_epsilon: float = _option(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = _option(1.0, "Clip the gradient to this norm; 0 turns clipping off.")
+    warmup_steps: int = _option(0, "Steps over which the learning rate rises from 0.", minimum=0)
+    warmup_ratio: float = _option(0.0, "The same as a share of all steps; give one of the two.", minimum=0, maximum=1)
+    weight_decay: float = _option(0.0, "AdamW weight decay, on matrices only (not on biases and norms).", minimum=0)
+    adam_beta1: float = _option(0.9, "AdamW beta1.", **SHARE)
+    adam_beta2: float = _option(0.999, "AdamW beta2.", **SHARE)
+    adam_epsilon: float = _option(1e-8, "AdamW epsilon.", **POSITIVE)
+    max_grad_norm: float = _option(1.0, "Clip the gradient to this norm; 0 turns clipping off.", minimum=0)
 
     # Size of a step, length of the run
-    batch_size: int = _option(4, "Pairs in a micro-batch on each process.")
+    batch_size: int = _option(4, "Pairs in a micro-batch on each process.", minimum=1)
     gradient_accumulation_steps: int | None = _option(
         None,
         "Micro-batches in an optimiser step. By default 1; for the trial model as many as give "
         f"{TRIAL_PAIRS} pairs a step.",
+        minimum=1,
     )
-    epochs: float = _option(1.0, "Passes over the data; --max_steps overrides it.")
-    max_steps: int | None = _option(None, "Optimiser steps; the data repeats as often as that takes.")
+    epochs: float = _option(1.0, "Passes over the data; --max_steps overrides it.", **POSITIVE)
+    max_steps: int | None = _option(None, "Optimiser steps; the data repeats as often as that takes.", minimum=1)
     precision: Literal["fp32", "bf16"] = _option("fp32", "bf16: autocast, with float32 weights and losses.")
     logps: Literal["linear", "logits"] = _option(
         "linear",
@@ -161,7 +139,7 @@ class TrainConfig:
         "sdpa", "What computes the attention of shared and packed rows: SDPA, segment by segment, or FlexAttention."
     )
     batch_tokens: int | None = _option(
-        None, "Most tokens in a micro-batch: one that would have more is cut, be it below --batch_size."
+        None, "Most tokens in a micro-batch: one that would have more is cut, be it below --batch_size.", minimum=1
     )
     group_by_length: bool | None = _option(
         None,
@@ -174,20 +152,24 @@ class TrainConfig:
     offload_activations: bool = _option(False, "Keep what backward needs in CPU memory, to save a GPU's.")
 
     # Evaluation, saving, reporting
-    eval_every: int | None = _option(None, "Evaluate every so many steps; by default only after the last one.")
-    sample_prompts: int = _option(0, "Held-out prompts to answer (greedily) at each evaluation.")
-    max_new_tokens: int = _option(64, "Tokens a sampled answer may have.")
-    save_every: int = _option(500, "Write a checkpoint every so many steps; 0 writes none (the final model always is).")
-    keep_checkpoints: int = _option(2, "How many of the newest checkpoints stay on disk.")
+    eval_every: int | None = _option(
+        None, "Evaluate every so many steps; by default only after the last one.", minimum=1
+    )
+    sample_prompts: int = _option(0, "Held-out prompts to answer (greedily) at each evaluation.", minimum=0)
+    max_new_tokens: int = _option(64, "Tokens a sampled answer may have.", minimum=1)
+    save_every: int = _option(
+        500, "Write a checkpoint every so many steps; 0 writes none (the final model always is).", minimum=0
+    )
+    keep_checkpoints: int = _option(2, "How many of the newest checkpoints stay on disk.", minimum=1)
     save_best: bool = _option(False, "Keep the model of the best evaluation so far in the folder `best`.")
     best_metric: str = _option(
         "eval_loss",
         "The metric that --save_best looks at; of losses, penalties and all of the rejected, less is better.",
     )
     logging_every: int | None = _option(
-        None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10."
+        None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10.", minimum=1
     )
-    seed: int = _option(0, "Seed of random weights, of the order of the data and of dropout.")
+    seed: int = _option(0, "Seed of random weights, of the order of the data and of dropout.", minimum=0)
     output_dir: str | None = _option(
         None,
         "Folder of the run: metrics, curves, checkpoints, final model. It must be new or empty; by default "
@@ -197,8 +179,7 @@ class TrainConfig:
         None,
         "Go on from a checkpoint: its path, or no value for the newest in --output_dir; without --output_dir for the "
         "newest of all default folders. The run goes on in the folder of its checkpoint, unless another is given.",
-        nargs="?",
-        const="latest",
+        parser={"nargs": "?", "const": "latest"},
     )
     on_nonfinite: Literal["stop", "skip"] = _option(
         "stop", "A loss or gradient that is not finite: stop the run, or skip that step's update."
@@ -212,70 +193,26 @@ class TrainConfig:
         self.model_config = _json_object("model_config", self.model_config)
         self.loss_options = _json_object("loss_options", self.loss_options) or {}
         self.resume = _resume(self.resume)
-        for name in (*OPTIONAL_STRINGS, "output_dir"):
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
-        for name in OPTIONAL_STRINGS:
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                raise TypeError(f"{name} must be a non-empty string or None, got {describe(value)}")
-        if self.model is not None and self.model_config is not None:
-            raise ValueError("give model (weights to start from) or model_config (random weights), not both")
-        if not (isinstance(self.loss, str) and self.loss):
-            raise TypeError(f"loss must be the name of a loss, got {describe(self.loss)}")
-        if not (isinstance(self.best_metric, str) and self.best_metric):
-            raise TypeError(f"best_metric must be the name of a metric, got {describe(self.best_metric)}")
-        self._check_numbers()
-        for name in SWITCHES:
-            check_bool(name, getattr(self, name))
-        if self.group_by_length is not None:
-            check_bool("group_by_length", self.group_by_length)
+        hints = get_type_hints(TrainConfig)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, os.PathLike) and str in get_args(hints[option.name]):
+                value = os.fspath(value)
+                setattr(self, option.name, value)
+            _check(option, hints[option.name], value)
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("logps", self.logps, LOGPS)
-        check_choice("layout", self.layout, LAYOUTS)
-        check_choice("attention", self.attention, ATTENTIONS)
-        if self.memory_budget is not None:
-            parse_budget(self.memory_budget)
+        parse_budget(self.memory_budget)
         if self.memory_budget is not None and self.logps != "linear":
             raise ValueError(f"memory_budget={self.memory_budget!r} goes with logps='linear', got logps={self.logps!r}")
-        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        for name, default in (("lora_alpha", None), ("lora_target_modules", ALL_LINEAR)):
+            if self.lora_rank == 0 and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} goes with lora_rank, which is 0: set it too")
+        if self.model is not None and self.model_config is not None:
+            raise ValueError("give model (weights to start from) or model_config (random weights), not both")
         if self.eval_dataset is not None and self.eval_fraction > 0:
             raise ValueError("give eval_dataset or eval_fraction, not both")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
-
-    def _check_numbers(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "keep_checkpoints"):
-            _check_whole(name, getattr(self, name), minimum=1)
-        for name in ("warmup_steps", "sample_prompts", "save_every", "seed", "lora_rank"):
-            _check_whole(name, getattr(self, name), minimum=0)
-        for name in ("max_steps", "eval_every", "logging_every", "gradient_accumulation_steps", "batch_tokens"):
-            if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), minimum=1)
-        if self.max_length is not None:
-            _check_whole("max_length", self.max_length, minimum=2)
-        if self.lora_alpha is not None:
-            check_number("lora_alpha", self.lora_alpha, minimum=0, open_minimum=True)
-        self._check_lora()
-        if self.learning_rate is not None:
-            check_number("learning_rate", self.learning_rate, minimum=0)
-        check_number("eval_fraction", self.eval_fraction, minimum=0, maximum=1, open_maximum=True)
-        check_number("warmup_ratio", self.warmup_ratio, minimum=0, maximum=1)
-        check_number("beta", self.beta, minimum=0, open_minimum=True)
-        check_number("epochs", self.epochs, minimum=0, open_minimum=True)
-        for name in ("weight_decay", "max_grad_norm"):
-            check_number(name, getattr(self, name), minimum=0)
-        for name in ("adam_beta1", "adam_beta2"):
-            check_number(name, getattr(self, name), minimum=0, maximum=1, open_maximum=True)
-        check_number("adam_epsilon", self.adam_epsilon, minimum=0, open_minimum=True)
-
-    def _check_lora(self) -> None:
-        if not (isinstance(self.lora_target_modules, str) and self.lora_target_modules.strip()):
-            raise TypeError(f"lora_target_modules must be a non-empty string, got {describe(self.lora_target_modules)}")
-        for name, default in (("lora_alpha", None), ("lora_target_modules", ALL_LINEAR)):
-            if self.lora_rank == 0 and getattr(self, name) != default:
-                raise ValueError(f"{name}={getattr(self, name)!r} goes with lora_rank, which is 0: set it too")
 
     @property
     def loss_arguments(self) -> dict[str, Any]:
@@ -284,11 +221,26 @@ class TrainConfig:
         return {"loss": self.loss, "beta": self.beta, **self.loss_options}
 
 
-def _check_whole(name: str, value: Any, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+def _check(option: Field[Any], hint: Any, value: Any) -> None:
+    """ValueError or TypeError for a value that is not of the option's type, or not within its bounds."""
+    name, kinds, bounds = option.name, get_args(hint) or (hint,), option.metadata["bounds"]
+    if (value is None and type(None) in kinds) or name == "memory_budget":  # which may be bytes, or text
+        return
+    if get_origin(hint) is Literal:
+        check_choice(name, value, kinds)
+    elif bool in kinds:
+        check_bool(name, value)
+    elif float in kinds:
+        check_number(name, value, **bounds)
+    elif int in kinds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {describe(value)}")
+        if value < bounds["minimum"]:
+            raise ValueError(f"{name} must be at least {bounds['minimum']}, got {value}")
+    elif dict[str, Any] not in kinds and not (isinstance(value, str) and value.strip()):
+        raise TypeError(
+            f"{name} must be a non-empty string{' or None' * (option.default is None)}, got {describe(value)}"
+        )
 
 
 def _json_object(name: str, value: Any) -> dict[str, Any] | None:
