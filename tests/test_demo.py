@@ -38,8 +38,7 @@ from fastpref.demo.pairs import (
     mentions,
     most_pairs,
 )
-from fastpref.demo.plot import held_out
-from fastpref.demo.report import Ends, judge
+from fastpref.demo.report import Ends, held_out, judge
 
 TINY = dataclasses.replace(
     run.QUICK,

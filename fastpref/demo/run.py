@@ -28,8 +28,7 @@ from fastpref.demo.base import (
 )
 from fastpref.demo.measures import distinct_bigrams, generate, mention_share, perplexity
 from fastpref.demo.pairs import PairSet, make_pairs, write_jsonl
-from fastpref.demo.plot import plot_rewards
-from fastpref.demo.report import ends, judge, print_report
+from fastpref.demo.report import ends, judge, plot_rewards, print_report
 from fastpref.environment import record
 from fastpref.training.checkpoints import save_final_model
 from fastpref.training.stopping import exit_code

@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from fastpref.training.checkpoints import ResumeError
     from fastpref.training.config import TrainConfig
     from fastpref.training.durable import SaveError
-    from fastpref.training.loop import train
+    from fastpref.training.loop import TrainResult, train
     from fastpref.training.nonfinite import NonFiniteError
     from fastpref.training.oom import MemoryLimitError
     from fastpref.training.reference_columns import with_reference
-    from fastpref.training.result import TrainResult
 
 __all__ = [
     "Advice",
@@ -38,7 +37,7 @@ _HOMES = {
     "ResumeError": "checkpoints",
     "SaveError": "durable",
     "TrainConfig": "config",
-    "TrainResult": "result",
+    "TrainResult": "loop",
     "train": "loop",
     "with_reference": "reference_columns",
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.models import ScoredTokens, pack_pairs
+from fastpref.models import ScoredTokens, pack_pairs, set_attention, why_not_packed
+from fastpref.training.config import TrainConfig
 from fastpref.training.data import Ids, Pair, Response
 
 IGNORE = -100
@@ -35,6 +36,30 @@ class Layout:
         """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
         together = len(pair.chosen.ids) + len(pair.rejected.ids)
         return together - max(pair.shared - self.repeat_last, 0) if self.name == "shared" else together
+
+
+def settle_layout(
+    config: TrainConfig,
+    model: Any,
+    *,
+    pad_id: int,
+    max_length: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Layout:
+    """The layout asked for, or the padded one where the model cannot be given it, which a line then says.
+
+    It sets the model's attention to what the layout needs.
+    """
+    name = config.layout
+    if name != "padded":
+        reason = why_not_packed(model, max_length=max_length, attention=config.attention)
+        if reason is None:
+            set_attention(model, config.attention)
+        else:
+            say(f"layout={name} is not possible: {reason}. Rows are padded (layout=padded)")
+            name = "padded"
+    return Layout(name, pad_id, max_length, device, config.attention, repeat_last=config.logps == "logits")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import get_scheduler
 
 from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
-from fastpref.training.advice import Adviser, said
+from fastpref.training.advice import Advice, Adviser, said
 from fastpref.training.auto_batch import auto_batch
 from fastpref.training.checkpoints import (
     checkpoint_folders,
@@ -22,7 +24,7 @@ from fastpref.training.checkpoints import (
 )
 from fastpref.training.config import TrainConfig
 from fastpref.training.distributed import backward, clip_gradient, micro_batch, wrap
-from fastpref.training.dry_run import dry_run
+from fastpref.training.dry_run import DryRun, dry_run
 from fastpref.training.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
 from fastpref.training.forward import batch_logps, reference_logps
@@ -30,13 +32,30 @@ from fastpref.training.metrics import MetricLog, Window, means, pair_sums, peak_
 from fastpref.training.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.offload import offloading
 from fastpref.training.oom import MemoryLimitError, explained
-from fastpref.training.optimizer import make_optimizer, make_schedule
 from fastpref.training.plots import Clock, draw
 from fastpref.training.prepare import Run, prepare
 from fastpref.training.reference import add_reference
-from fastpref.training.result import TrainResult
 from fastpref.training.run_folder import describe_run, write_listing
 from fastpref.training.stopping import Stopped, StopSignals
+
+
+@dataclass
+class TrainResult:
+    """What `fastpref.train` gives back: the model in evaluation mode; `history` holds the records of metrics.jsonl.
+
+    `stopped` is None for a run that made all its steps; else the signal, "SIGTERM" or "SIGINT", that stopped it after
+    `step` steps. Then a checkpoint holds them, and there is no final model. `dry_run` is None but for a dry run, which
+    has made 0 steps: what it found, beside a model without numbers (on the meta device). `advice` holds what the loop
+    has advised, at most a line of each kind. Its text leaves out the model and the lists.
+    """
+
+    output_dir: Path
+    model: Any = field(repr=False)
+    step: int
+    history: list[dict[str, Any]] = field(repr=False)
+    stopped: str | None = None
+    dry_run: DryRun | None = field(default=None, repr=False)
+    advice: list[Advice] = field(default_factory=list, repr=False)
 
 
 def train(
@@ -288,6 +307,31 @@ class _Loop:
         self.start, self.tokens = state["step"], state["tokens"]
         self.evaluated = state["evaluated"]
         self.best = state["best"] if self.run.kept else None  # else its model is in another folder
+
+
+def make_optimizer(run: Run) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices alone are decayed."""
+    config, device = run.config, run.accelerator.device
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=run.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        # One pass over weights, gradients and moments: on a CPU a sixth of the time.
+        fused=True if device.type in ("cuda", "cpu") else None,
+    )
+
+
+def make_schedule(optimizer: Any, run: Run) -> Any:
+    config = run.config
+    # 0.07 of 100 steps are 7, though the product is a little more.
+    warmup = config.warmup_steps or math.ceil(round(config.warmup_ratio * run.steps, 6))
+    return get_scheduler(config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=run.steps)
 
 
 def _what_is_left(run: Run) -> str:

@@ -21,7 +21,7 @@ from fastpref.training.auto_batch import check_auto_batch
 from fastpref.training.batches import BatchPlan, Sizes
 from fastpref.training.build import build_model, build_tokenizer
 from fastpref.training.checkpoints import ResumeError, find_checkpoint, load_state
-from fastpref.training.collate import Batch, Layout, collate
+from fastpref.training.collate import Batch, Layout, collate, settle_layout
 from fastpref.training.config import (
     LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -36,7 +36,6 @@ from fastpref.training.distributed import make_accelerator, place
 from fastpref.training.files import Rows, check_rows, load_rows
 from fastpref.training.formats import has_messages
 from fastpref.training.forward import autocasts
-from fastpref.training.layout import settle_layout
 from fastpref.training.memory_plan import check_budget
 from fastpref.training.meta import build_on_meta
 from fastpref.training.metrics import check_best

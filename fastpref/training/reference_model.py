@@ -14,8 +14,8 @@ from transformers.utils import has_file
 
 from fastpref.options import UsageError
 from fastpref.training.build import build_model
+from fastpref.training.collate import settle_layout
 from fastpref.training.distributed import whole_weights
-from fastpref.training.layout import settle_layout
 from fastpref.training.prepare import Run
 from fastpref.training.reference_key import model_digest
 

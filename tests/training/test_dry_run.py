@@ -16,11 +16,10 @@ from fastpref.cli import main
 from fastpref.training import dry_run as dry_run_module
 from fastpref.training import meta, train
 from fastpref.training.data import Pair, Response
-from fastpref.training.dry_run import DryRun
+from fastpref.training.dry_run import CONTINUED, DryRun, piece, pieces, show_pair
 from fastpref.training.forward import batch_logps
 from fastpref.training.memory_plan import plan_memory
 from fastpref.training.prepare import prepare
-from fastpref.training.show_pair import CONTINUED, piece, pieces, show_pair
 
 Make = Callable[..., Any]
 

@@ -19,7 +19,7 @@ from fastpref.losses import LOSSES, get_loss
 from fastpref.training import TrainConfig, loop, plots, train
 from fastpref.training.collate import Layout, collate
 from fastpref.training.data import tokenize_rows
-from fastpref.training.optimizer import make_optimizer, make_schedule
+from fastpref.training.loop import make_optimizer, make_schedule
 from fastpref.training.prepare import _with_defaults, prepare
 
 Make = Callable[..., Any]

@@ -7,7 +7,9 @@ are what they are there.
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from fastpref.checks import check_choice
+from fastpref.integrations.tested import check_trl
 from fastpref.integrations.trl.head import LAYOUTS, FastHead, add_fast_head
 from fastpref.integrations.trl.losses import OURS, compute_loss, loss_options
 from fastpref.losses import get_loss
@@ -25,6 +28,8 @@ from fastpref.losses import get_loss
 DEFAULT_LAMBDA: Any = next(option.default for option in get_loss("dpop").options if option.name == "lam")
 
 _building = threading.RLock()
+_METHODS = ("__init__", "_compute_loss")
+_originals: dict[str, Any] = {}  # of a class that is patched
 
 
 @dataclass
@@ -107,3 +112,46 @@ class _OwnAttention(TrainerCallback):
             head.restore_attention()
 
     on_train_end = on_evaluate = on_predict = restore
+
+
+def patch_trl() -> None:
+    """Make `trl.DPOTrainer` compute as `FastPrefDPOTrainer` does, wherever it was imported, until `unpatch_trl`.
+
+    The class itself is patched, and with it those derived from it. Trainers made meanwhile stay as they were made.
+    Patching twice is patching once.
+
+    Raises:
+        ImportError: TRL is outside the tested range; nothing is patched then.
+    """
+    check_trl()
+    if _originals:
+        return
+    _originals.update((name, vars(DPOTrainer)[name]) for name in _METHODS)
+    theirs_init, theirs_loss = (_originals[name] for name in _METHODS)
+
+    @functools.wraps(theirs_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, FastPrefDPOTrainer):  # which does all this itself
+            theirs_init(self, *args, **kwargs)
+            return
+        with fast_heads(self):
+            theirs_init(self, *args, **kwargs)
+        if type(self)._compute_loss is loss:  # its own, for when the class is TRL's again
+            self._compute_loss = types.MethodType(loss, self)
+
+    @functools.wraps(theirs_loss)
+    def loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        theirs = functools.partial(theirs_loss, self)
+        if isinstance(self, FastPrefDPOTrainer):
+            return theirs(model, inputs, return_outputs)
+        return compute_loss(self, theirs, model, inputs, return_outputs)
+
+    for name, method in zip(_METHODS, (init, loss), strict=True):
+        setattr(DPOTrainer, name, method)
+
+
+def unpatch_trl() -> None:
+    """Give `trl.DPOTrainer` its own methods back; without a patch, nothing."""
+    for name, method in _originals.items():
+        setattr(DPOTrainer, name, method)
+    _originals.clear()
