@@ -293,6 +293,16 @@ def test_without_segments_the_model_is_as_before() -> None:
     assert torch.equal(model.generate(rows[:1], max_new_tokens=5, do_sample=False), answer)
 
 
+def dense_mask(segments: list[Segment]) -> torch.Tensor:  # (1, 1, T, T) bool, true where a query sees a key
+    """The definition: what attention over the segments must equal."""
+    length = segments[-1].end
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in segments:
+        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        mask[start:end, prefix_start:prefix_end] = True
+    return mask[None, None]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_attention_by_segments_is_attention_under_their_mask(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "CHUNK", chunk)
@@ -301,7 +311,7 @@ def test_attention_by_segments_is_attention_under_their_mask(chunk: int, monkeyp
     query = torch.randn(1, 4, 34, 8, generator=generator, requires_grad=True)
     key, value = (torch.randn(1, 2, 34, 8, generator=generator, requires_grad=True) for _ in range(2))
     upstream = torch.randn(1, 34, 4, 8, generator=generator)
-    mask = segments.dense_mask(parts)
+    mask = dense_mask(parts)
     want = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.4, enable_gqa=True).transpose(1, 2)
     expected = torch.autograd.grad((want * upstream).sum(), (query, key, value))
     got, _ = segments.segment_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from fastpref.environment import package_version
 
 TRL = "1.16"  # its trainer is overridden where it changes from one minor version to the next
 
@@ -14,10 +14,9 @@ def in_range(found: str, tested: str) -> bool:
 
 def check_trl() -> None:
     """ImportError unless TRL is there, in a tested version."""
-    try:
-        found = version("trl")
-    except PackageNotFoundError as error:
-        raise ImportError('fastpref.integrations.trl needs TRL: pip install "fastpref[trl]"') from error
+    found = package_version("trl")
+    if found is None:
+        raise ImportError('fastpref.integrations.trl needs TRL: pip install "fastpref[trl]"')
     if not in_range(found, TRL):
         raise ImportError(
             f"fastpref.integrations.trl is tested with TRL {TRL}, and TRL {found} is installed: "

@@ -65,16 +65,6 @@ def block_mask(segments: Sequence[Segment], device: torch.device | str = "cpu") 
     return create_block_mask(visible, None, None, length, length, device=str(device))
 
 
-def dense_mask(segments: Sequence[Segment]) -> Tensor:  # (1, 1, T, T) bool, true where a query sees a key
-    """The definition: what attention over the segments must equal."""
-    length = segments[-1].end
-    mask = torch.zeros(length, length, dtype=torch.bool)
-    for start, end, prefix_start, prefix_end in segments:
-        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        mask[start:end, prefix_start:prefix_end] = True
-    return mask[None, None]
-
-
 def segment_attention(
     module: nn.Module,
     query: Tensor,  # (B, heads, T, D)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -206,13 +206,3 @@ def load_optimizer_state(accelerator: Any, model: Any, optimizer: Any, state: di
         zero3.load_optimizer_state(accelerator, model, state)
     else:
         optimizer.load_state_dict(state)
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters that this process keeps between steps."""
-    held = 0
-    for parameter in model.parameters():
-        local: Any = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's shard
-        local = local.to_local() if hasattr(local, "to_local") else local
-        held += local.numel() * local.element_size()
-    return held

@@ -29,7 +29,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastpref.folders import MARKER, FolderError
 from fastpref.training import TrainConfig, gradients, loop, train
-from fastpref.training.distributed import held_bytes
 
 # Steps of 8 pairs and a tail of 5; with clipping, since its norm is over all shards.
 SHARED: dict[str, Any] = {
@@ -44,6 +43,16 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters that this process keeps between steps."""
+    held = 0
+    for parameter in model.parameters():
+        local: Any = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's shard
+        local = local.to_local() if hasattr(local, "to_local") else local
+        held += local.numel() * local.element_size()
+    return held
 
 
 def work(folder: Path, *, only_ddp: bool) -> None:

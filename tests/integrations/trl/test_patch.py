@@ -15,7 +15,7 @@ import trl
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
-from fastpref.integrations.trl import FastPrefDPOTrainer, patch_trl, unpatch_trl, version
+from fastpref.integrations.trl import FastPrefDPOTrainer, patch_trl, unpatch_trl
 
 Make = Callable[..., Any]
 ORIGINALS = {name: vars(DPOTrainer)[name] for name in ("__init__", "_compute_loss")}
@@ -132,7 +132,7 @@ def test_a_trainer_that_cannot_be_made_leaves_trl_as_it_was(make_trainer: Make) 
 def test_another_version_is_named_with_the_remedy_and_nothing_is_patched(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(version, "version", lambda name: found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
     with pytest.raises(ImportError, match=rf'TRL {found} is installed: pip install "trl==1\.16\.\*"'):
         patch_trl()
     assert_is_trls_own()
