@@ -75,7 +75,7 @@ def _targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     modules = {name: module for name, module in model.named_modules() if name}
-    head = _head(model)
+    head = output_head(model)
     if names.strip() == ALL_LINEAR:
         return {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     found: dict[str, nn.Module] = {}
@@ -100,19 +100,20 @@ def _targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
 def _leaf_names(model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
-    head = _head(model)
+    head = output_head(model)
     linear = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def _head(model: Any) -> Any:
+def output_head(model: Any) -> Any:
+    """The model's output embeddings, None where it has none."""
     get = getattr(model, "get_output_embeddings", None)
     return None if get is None else get()
 
 
 def freeze_head(model: Any) -> list[str]:
     """Freeze the output embeddings, and with them input embeddings that share the weight; lines for the user."""
-    head = _head(model)
+    head = output_head(model)
     if not isinstance(head, nn.Module):
         raise ValueError(f"freeze_head: {type(model).__name__} has no output embeddings to freeze")
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):

@@ -167,13 +167,14 @@ class _Trials:
     def _measure(self, pairs: int) -> float:
         run, device = self.run, self.run.accelerator.device
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        random_state, failed = _random_state(device), False
+        failed = False
         run.model.train()
         try:
             self.meter.begin()
             for parameter in trained:  # as in every micro-batch after the first
                 parameter.grad = torch.zeros_like(parameter)
-            self._forward_and_backward([run.pairs[index] for index in self.order[:pairs]])
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self._forward_and_backward([run.pairs[index] for index in self.order[:pairs]])
             return self.meter.taken()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -185,7 +186,6 @@ class _Trials:
         finally:
             for parameter in trained:
                 parameter.grad = None
-            _put_back(random_state, device)
             if failed:
                 gc.collect()  # so that no cycle keeps them
             self.meter.end()
@@ -204,16 +204,6 @@ class _Trials:
 
 def _everywhere(value: float, choose: Callable[[list[float]], float]) -> float:
     return choose(gather_object([value]))
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _put_back(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def _describe(pairs: int, tokens: int | None) -> str:

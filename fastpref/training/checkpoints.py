@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
 
-from fastpref.training.distributed import load_model_state, load_optimizer_state, model_state, optimizer_state
+from fastpref.training.adapters import is_adapted
+from fastpref.training.distributed import (
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    on_main,
+    optimizer_state,
+)
 from fastpref.training.durable import MANIFEST, WRITE_ERRORS, SaveError, find_damage, new_folder, remove_folder, writing
 
 if TYPE_CHECKING:
@@ -53,16 +61,11 @@ def find_checkpoint(resume: str, output_dir: Path, accelerator: Any, *, say: Cal
         FileNotFoundError: there is none.
         ResumeError: it is damaged; the message names the file and the next older checkpoint that is whole.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:  # one process reads it all, and tells the others
-        try:
-            found = [_find_latest(output_dir, say) if resume == "latest" else _check_named(Path(resume))]
-        except (FileNotFoundError, ResumeError) as error:
-            found = [error]
-    broadcast(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+
+    def find() -> Path:
+        return _find_latest(output_dir, say) if resume == "latest" else _check_named(Path(resume))
+
+    return on_main(accelerator, find, (FileNotFoundError, ResumeError))
 
 
 def _find_latest(output_dir: Path, say: Callable[[str], None]) -> Path:
@@ -113,7 +116,7 @@ def save_checkpoint(run: Run, model: Any, optimizer: Any, state: Mapping[str, An
     accelerator, step = run.accelerator, state["step"]
     weights = model_state(accelerator, model)
     optimizer_tensors = optimizer_state(accelerator, model, optimizer)
-    rng = _gathered(accelerator, _rng_state(accelerator.device))
+    rng = gather_object([_rng_state(accelerator.device)])
     folder = run.output_dir / f"checkpoint-{step}"
 
     def write() -> None:
@@ -132,7 +135,7 @@ def save_checkpoint(run: Run, model: Any, optimizer: Any, state: Mapping[str, An
             for other in older[: -run.config.keep_checkpoints]:
                 remove_folder(other)
 
-    _on_main(accelerator, write)
+    on_main(accelerator, write, (SaveError,))
     return folder
 
 
@@ -177,7 +180,7 @@ def _save_alone(run: Run, model: Any, name: str, notes: Mapping[str, Any]) -> No
             for file, content in notes.items():
                 (new / file).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    _on_main(run.accelerator, write)
+    on_main(run.accelerator, write, (SaveError,))
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor]) -> None:
@@ -209,7 +212,7 @@ def load_checkpoint(run: Run, model: Any, optimizer: Any, folder: Path) -> None:
 
 
 def _load_weights(run: Run, model: Any, folder: Path) -> None:
-    if _is_peft(run.model):
+    if is_adapted(run.model):
         from peft import load_peft_weights, set_peft_model_state_dict
 
         for name in run.model.peft_config:
@@ -223,11 +226,6 @@ def _load_weights(run: Run, model: Any, folder: Path) -> None:
     with _no_bars():
         loaded = type(run.model).from_pretrained(folder, dtype=widest)
     load_model_state(run.accelerator, model, loaded.state_dict())
-
-
-def _is_peft(model: Any) -> bool:
-    peft = sys.modules.get("peft")  # who has a PeftModel has imported it
-    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
@@ -265,43 +263,10 @@ def _set_rng(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["device"], device)
 
 
-def _bytes(value: Any, seen: set[int] | None = None) -> int:
+def _bytes(value: Any) -> int:
     """Bytes of all tensors in a nested state; shared ones count once."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        if value.data_ptr() in seen:
-            return 0
-        seen.add(value.data_ptr())
-        return value.nbytes
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return sum(_bytes(part, seen) for part in parts)
-
-
-def _gathered(accelerator: Any, value: Any) -> list[Any]:
-    from accelerate.utils import gather_object
-
-    return gather_object([value])
-
-
-def broadcast(values: list[Any]) -> None:
-    """The main process's list, on every process; also a barrier."""
-    from accelerate.utils import broadcast_object_list
-
-    broadcast_object_list(values)
-
-
-def _on_main(accelerator: Any, write: Callable[[], None]) -> None:
-    """Call `write` on the main process; if it fails, every process raises SaveError, and none waits for ever."""
-    problem: list[str | None] = [None]
-    cause: SaveError | None = None
-    if accelerator.is_main_process:
-        try:
-            write()
-        except SaveError as error:
-            problem, cause = [str(error)], error
-    broadcast(problem)
-    if problem[0] is not None:
-        raise SaveError(problem[0]) from cause
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 @contextmanager

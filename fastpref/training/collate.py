@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.models import ScoredTokens, pack_pairs, set_attention, why_not_packed
+from fastpref.training.batches import Sizes
 from fastpref.training.config import TrainConfig
 from fastpref.training.data import Ids, Pair, Response
 
@@ -36,6 +37,12 @@ class Layout:
         """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
         together = len(pair.chosen.ids) + len(pair.rejected.ids)
         return together - max(pair.shared - self.repeat_last, 0) if self.name == "shared" else together
+
+    def sizes(self, pairs: Sequence[Pair]) -> Sizes:
+        """What pairs take in batches."""
+        longest = tuple(pair.length for pair in pairs)
+        widths = tuple(map(self.width, longest)) if self.name == "padded" else None
+        return Sizes(tuple(map(self.tokens, pairs)), longest, widths)
 
 
 def settle_layout(

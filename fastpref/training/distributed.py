@@ -14,12 +14,17 @@ What sharding asks of everybody else:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    broadcast_object_list,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -69,6 +74,23 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a process holds only its part of the weights."""
     return accelerator.is_fsdp2 or zero3.in_use(accelerator)
+
+
+def on_main(accelerator: Any, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+    """What `work` gives on the main process, on every process; also a barrier.
+
+    Each of `errors` that it raises there is raised on every process, so that none waits for ever.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [work()]
+        except errors as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def place(accelerator: Accelerator, model: Any) -> Any:

@@ -45,7 +45,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def _batches(run: Run) -> list[list[int]]:
     """The held-out pairs in batches as large as a micro-batch may be, longest first where a pair's loss is its own."""
-    sizes, plan = run.sizes(run.eval_pairs), run.plan
+    sizes, plan = run.layout.sizes(run.eval_pairs), run.plan
     indices = range(len(run.eval_pairs))
     order = sizes.longest_first(indices) if run.spec.separable else indices
     return cut(order, sizes, batch_size=plan.batch_size, batch_tokens=plan.batch_tokens)

@@ -19,6 +19,7 @@ from fastpref.linear.plan import Problem, machine_of, plan_tokens
 from fastpref.memory import available
 from fastpref.models import SOFTCAPS
 from fastpref.training.collate import IGNORE, Batch
+from fastpref.training.distributed import is_sharded
 from fastpref.training.forward import autocasts
 from fastpref.training.meta import on_meta
 
@@ -70,7 +71,7 @@ def plan_memory(run: Run) -> MemoryPlan:
     buffers = sum(_bytes(buffer) for buffer in run.model.buffers())
     bf16 = autocasts(config, device)
     operand = torch.bfloat16 if bf16 else parameters[0].dtype
-    shards = run.accelerator.num_processes if _sharded(run.accelerator) else 1
+    shards = run.accelerator.num_processes if is_sharded(run.accelerator) else 1
     gradients = sum(map(_bytes, trained))
 
     weight: Tensor = run.model.get_output_embeddings().weight
@@ -217,10 +218,6 @@ def _scored(batch: Batch) -> int:
     if batch.labels is not None:
         return int((batch.labels[:, 1:] != IGNORE).sum())
     return len(batch.scored.labels) if batch.scored is not None else 0
-
-
-def _sharded(accelerator: Any) -> bool:
-    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastpref.models.head import unwrap
+from fastpref.training.adapters import output_head
 from fastpref.training.config import TrainConfig
 
 SMALLEST = 1 << 20  # bytes: below, the saving is not worth the copies' launches
@@ -100,7 +102,7 @@ class ActivationOffload:
         self._weights = {_local(tensor).untyped_storage().data_ptr() for tensor in held}
         self._frozen_shapes = {shape for t in held if not t.requires_grad for shape in (t.shape, t.shape[::-1])}
         self._before_head = True
-        head = _head(self._model)
+        head = output_head(unwrap(self._model))
         if head is not None:
             self._head_hook = head.register_forward_pre_hook(self._reach_head)
         self._hooks.__enter__()
@@ -187,10 +189,3 @@ class ActivationOffload:
 def _local(tensor: Any) -> Tensor:
     """This process's part of a sharded parameter."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _head(model: Any) -> nn.Module | None:
-    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()

@@ -57,7 +57,7 @@ def explained(run: Run, doing: str, pairs: Sequence[Pair] = (), *, work: Work = 
 def _batch(run: Run, pairs: Sequence[Pair]) -> str:
     if not pairs:
         return f"longest sequence of the data {max(pair.length for pair in run.pairs):,}"
-    tokens, longest = run.sizes(pairs).of(range(len(pairs))), max(pair.length for pair in pairs)
+    tokens, longest = run.layout.sizes(pairs).of(range(len(pairs))), max(pair.length for pair in pairs)
     count = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
     return f"{count}, {tokens:,} tokens (layout {run.layout.name}), longest sequence {longest:,}"
 

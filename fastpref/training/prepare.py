@@ -18,7 +18,7 @@ from fastpref.folders import Claim
 from fastpref.losses import LossSpec, get_loss
 from fastpref.training.adapters import adapters_wanted
 from fastpref.training.auto_batch import check_auto_batch
-from fastpref.training.batches import BatchPlan, Sizes
+from fastpref.training.batches import BatchPlan
 from fastpref.training.build import build_model, build_tokenizer
 from fastpref.training.checkpoints import ResumeError, find_checkpoint, load_state
 from fastpref.training.collate import Batch, Layout, collate, settle_layout
@@ -94,10 +94,6 @@ class Run:
             self.model.set_attn_implementation(self.own_attention)
         if self.claim is not None:
             self.claim.release()
-
-    def sizes(self, pairs: Sequence[Pair]) -> Sizes:
-        """What pairs take in this run's batches."""
-        return _sizes(pairs, self.layout)
 
     @property
     def kept(self) -> int:
@@ -202,7 +198,7 @@ def _prepare(
         per_step=config.batch_size * accumulation * accelerator.num_processes,
         batch_size=config.batch_size,
         seed=config.seed,
-        sizes=_sizes(pairs, layout),
+        sizes=layout.sizes(pairs),
         batch_tokens=config.batch_tokens,
         grouped=layout.name == "padded" if config.group_by_length is None else config.group_by_length,
         rank=accelerator.process_index,
@@ -299,12 +295,6 @@ def _shape(model: Any) -> str:
     """In short: a model without the checkpoint's adapter, or with another number of layers, has other tensors."""
     trained = [parameter.requires_grad for parameter in model.parameters()]
     return f"{len(trained)} weights, {sum(trained)} of them trained"
-
-
-def _sizes(pairs: Sequence[Pair], layout: Layout) -> Sizes:
-    tokens = tuple(layout.tokens(pair) for pair in pairs)
-    longest = tuple(pair.length for pair in pairs)
-    return Sizes(tokens, longest, tuple(map(layout.width, longest)) if layout.name == "padded" else None)
 
 
 def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, console: Console) -> TrainConfig:

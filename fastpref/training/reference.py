@@ -14,6 +14,7 @@ import torch
 from fastpref.options import UsageError
 from fastpref.training.batches import cut
 from fastpref.training.data import Pair
+from fastpref.training.distributed import deal
 from fastpref.training.forward import autocasts, batch_logps
 from fastpref.training.oom import explained
 from fastpref.training.prepare import ResumeError, Run
@@ -103,21 +104,18 @@ def compute_reference(run: Run, pairs: Mapping[str, Pair], *, key: ReferenceKey)
     values = torch.zeros(len(ordered), 2, device=accelerator.device)
     writer = CacheWriter(_folder(run), key, process=accelerator.process_index)
     with torch.no_grad(), run.console.bar("reference log-probs", len(ordered), unit="pair") as bar:
-        for begin in range(0, len(batches), accelerator.num_processes):
-            # Every process makes as many calls, as wrapped models need it: one without a batch repeats the shortest.
-            together = batches[begin : begin + accelerator.num_processes]
-            place = accelerator.process_index
-            mine = together[min(place, len(together) - 1)]
+        for mine, counts in deal(batches, accelerator):
             chunk = [ordered[index] for index in mine]
             batch = run.collate(chunk)
             with explained(run, "the reference pass", chunk):
                 both = batch_logps(run.model, batch, run.config, reduction=run.spec.reduction)
             found = torch.stack(both, dim=1)  # (P, 2)
-            if place < len(together):
+            if counts:
                 values[mine[0] : mine[-1] + 1] = found
                 logps: list[Logps] = [(chosen, rejected) for chosen, rejected in found.tolist()]
                 writer.append(map(Record, (digests[index] for index in mine), batch.rows, logps))
-            bar.advance(sum(map(len, together)), tokens=batch.tokens * len(together))
+            # The other processes do about as much.
+            bar.advance(len(chunk) * accelerator.num_processes, tokens=batch.tokens * accelerator.num_processes)
     # Every pair is zero on all processes but the one that computed it.
     reduced = accelerator.reduce(values, "sum").tolist()
     return {digest: (chosen, rejected) for digest, (chosen, rejected) in zip(digests, reduced, strict=True)}
@@ -125,7 +123,7 @@ def compute_reference(run: Run, pairs: Mapping[str, Pair], *, key: ReferenceKey)
 
 def _batches(run: Run, pairs: Sequence[Pair]) -> list[list[int]]:
     """The pairs, longest first, in batches of MORE_PAIRS and MORE_TOKENS times what the largest micro-batch has."""
-    indices, sizes, config = range(len(pairs)), run.sizes(pairs), run.config
+    indices, sizes, config = range(len(pairs)), run.layout.sizes(pairs), run.config
     trained = cut(indices, sizes, batch_size=config.batch_size, batch_tokens=config.batch_tokens)
     room = MORE_TOKENS * max(map(sizes.of, trained))
     return cut(indices, sizes, batch_size=MORE_PAIRS * config.batch_size, batch_tokens=room)

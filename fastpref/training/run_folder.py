@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fastpref.environment import record
 from fastpref.folders import MARKER, Claim, FolderError, Owner, check, claim, claim_next, claimed, next_folder
 from fastpref.training.advice import ADVICE
-from fastpref.training.checkpoints import broadcast, checkpoint_folders, named_as_checkpoints
+from fastpref.training.checkpoints import checkpoint_folders, named_as_checkpoints
 from fastpref.training.config import TrainConfig
+from fastpref.training.distributed import on_main
 from fastpref.training.durable import MANIFEST, new_file, sweep, writing
 
 if TYPE_CHECKING:
@@ -51,17 +52,13 @@ def claim_folder(config: TrainConfig, accelerator: Any) -> tuple[Path, Claim | N
         FileNotFoundError: `resume` has no value, and no default folder a checkpoint.
     """
     held: Claim | None = None
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            folder, held = _claim(config)
-            found = [folder]
-        except (OSError, ValueError) as error:  # the others must not wait for ever
-            found = [error]
-    broadcast(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0], held
+
+    def work() -> Path:
+        nonlocal held
+        folder, held = _claim(config)
+        return folder
+
+    return on_main(accelerator, work, (OSError, ValueError)), held
 
 
 def _claim(config: TrainConfig) -> tuple[Path, Claim | None]:
@@ -69,7 +66,7 @@ def _claim(config: TrainConfig) -> tuple[Path, Claim | None]:
     goes_on = resume == "latest" or (
         resume is not None and folder is not None and Path(resume).resolve().parent == folder.resolve()
     )
-    options = {name: value for name, value in as_options(config).items() if name not in FREE}
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     owner = Owner(
         COMMAND,
         identity={} if goes_on else options,
@@ -137,7 +134,7 @@ def describe_run(run: Run) -> None:
     """Write config.json and environment.json; a resumed run keeps them and notes what has changed in resumed.jsonl."""
     if not run.accelerator.is_main_process:
         return
-    folder, config, here = run.output_dir, as_options(run.config), environment(run.accelerator)
+    folder, config, here = run.output_dir, dataclasses.asdict(run.config), environment(run.accelerator)
     if run.state is not None and _read(folder / CONFIG) and _read(folder / ENVIRONMENT):
         note = {
             "step": run.state["step"],
@@ -150,11 +147,6 @@ def describe_run(run: Run) -> None:
         return
     _write_json(folder / CONFIG, {**config, "resume": None})
     _write_json(folder / ENVIRONMENT, here)
-
-
-def as_options(config: TrainConfig) -> dict[str, Any]:
-    """Every option by name, as `fastpref train FILE` reads it."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def environment(accelerator: Any) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def test_a_batch_holds_no_more_than_the_documented_multiple_of_a_micro_batch(
 ) -> None:
     run = make_run(**options)
     add_reference(run)
-    sizes = run.sizes(run.pairs)
+    sizes = run.layout.sizes(run.pairs)
     size = run.config.batch_size
     longest = sizes.longest_first(range(13))
     largest = max(sizes.of(longest[begin : begin + size]) for begin in range(0, 13, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from fastpref.folders import MARKER
 from fastpref.training import TrainConfig, loop, plots, train
 from fastpref.training.arguments import parse_arguments
 from fastpref.training.metrics import progress_note
-from fastpref.training.run_folder import as_options
 
 Make = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def read(path: Path) -> Any:
 )
 def test_options_written_to_a_file_are_the_options_read_from_it(changes: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(**changes)
-    (tmp_path / "config.json").write_text(json.dumps(as_options(config)), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
     assert parse_arguments([str(tmp_path / "config.json")]) == config
 
 
