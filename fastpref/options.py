@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,3 +74,15 @@ def other_name(name: str, known: Collection[str], others: Mapping[str, str], *, 
     if ours is not None:
         return f"it is {dashes}{ours} here" if ours in known else ours
     return did_you_mean(plain, known).removeprefix("; ").replace("mean '", f"mean '{dashes}")
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number in [least, most]."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number in [{least}, {most}], got {text!r}")
+        return number
+
+    return parse

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpref.checks import parse_budget
-from fastpref.options import Parser, UsageError
+from fastpref.options import Parser, UsageError, whole
 from fastpref.tables import print_table, size_text
 
 if TYPE_CHECKING:
@@ -50,16 +50,6 @@ def _bytes(text: str) -> int:
     return count
 
 
-def _at_least(least: int) -> Any:
-    def whole(text: str) -> int:
-        number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
-        if not least <= number <= LARGEST_COUNT:
-            raise argparse.ArgumentTypeError(f"must be a whole number in [{least}, {LARGEST_COUNT}], got {text!r}")
-        return number
-
-    return whole
-
-
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -79,11 +69,11 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", help="folder with a transformers config.json, or a hub name in the local cache")
-    add("--hidden_size", type=_at_least(1), help="H, instead of --model")
-    add("--vocab_size", type=_at_least(1), help="V, instead of --model")
+    add("--hidden_size", type=whole(1, LARGEST_COUNT), help="H, instead of --model")
+    add("--vocab_size", type=whole(1, LARGEST_COUNT), help="V, instead of --model")
     add("--bias", action="store_true", help="the head has a bias")
-    add("--max_length", type=_at_least(2), default=1024, help="tokens a sequence (default: %(default)s)")
-    add("--pairs", type=_at_least(1), default=4, help="pairs in a micro-batch (default: %(default)s)")
+    add("--max_length", type=whole(2, LARGEST_COUNT), default=1024, help="tokens a sequence (default: %(default)s)")
+    add("--pairs", type=whole(1, LARGEST_COUNT), default=4, help="pairs in a micro-batch (default: %(default)s)")
     add("--scored", type=_share, default=0.5, help="share of positions that are scored (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="of hidden states and head (default: %(default)s)")
     add("--loss", default="sigmoid", help="a loss by name; those of one argument may stream (default: %(default)s)")

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY, check_university
 from fastpref.folders import Owner, claim, claim_next
-from fastpref.options import Parser, given_path
+from fastpref.options import Parser, given_path, whole
 
 # Seeds feed torch and `random`; beyond this torch refuses them.
 LARGEST_SEED = 2**31 - 1
 FOLDER = Path("fastpref-demo")
-
-
-def _seed(text: str) -> int:
-    try:
-        seed = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if not 0 <= seed <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {LARGEST_SEED}, got {seed}")
-    return seed
 
 
 def _parser() -> Parser:
@@ -40,7 +29,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output_dir", type=given_path, help=f"new folder of the results (default: {FOLDER}, {FOLDER}-2, ...)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, help="seed of data, weights and sampling (default: 0)"
+    )
     parser.add_argument("--quick", action="store_true", help="the same at a small scale, for CI; proves little")
     return parser
 

@@ -112,17 +112,21 @@ def _linear_path(caller: str, step: Step, use: Use, budget: int, memory: int | N
 
 
 def _longest(step: Step, fits: Callable[[Step], bool]) -> int:
-    """The longest sequence that fits, by bisection; 0 where not even the shortest does."""
+    """The longest sequence that fits; 0 where not even the shortest does."""
     if not fits(replace(step, length=SHORTEST)):
         return 0
-    low = SHORTEST
-    while fits(replace(step, length=2 * low)):
-        low *= 2
-    high = 2 * low
+    return _first(lambda length: not fits(replace(step, length=length)), above=SHORTEST) - 1
+
+
+def _first(holds: Callable[[int], bool], *, above: int) -> int:
+    """The least number above `above` of which it holds, by doubling and bisection."""
+    low, high = above, above + 1
+    while not holds(high):
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(replace(step, length=middle)) else (low, middle)
-    return low
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def _why(caller: str, step: Step, use: Use, budget: int, plan: Plan) -> str:
@@ -190,10 +194,4 @@ def _attempt(name: str, problem: Problem, machine: Machine, budget: int) -> Plan
 
 def _least_budget(name: str, problem: Problem, machine: Machine) -> int:
     """The smallest memory_budget under which this plan fits."""
-    low, high = 0, 1
-    while _attempt(name, problem, machine, high) is None:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _attempt(name, problem, machine, middle) is None else (low, middle)
-    return high
+    return _first(lambda budget: _attempt(name, problem, machine, budget) is not None, above=0)

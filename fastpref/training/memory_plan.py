@@ -7,7 +7,7 @@ What allocators waste, and what communication between processes needs, is not in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpref.checks import parse_budget
 from fastpref.linear.peaks import Step, Use, logits_peak
-from fastpref.linear.plan import Problem, machine_of, plan_tokens
+from fastpref.linear.plan import machine_of, plan_tokens
 from fastpref.memory import available
 from fastpref.models import SOFTCAPS
 from fastpref.training.collate import IGNORE, Batch
@@ -70,13 +70,11 @@ def plan_memory(run: Run) -> MemoryPlan:
     trained = [p for p in parameters if p.requires_grad]
     buffers = sum(_bytes(buffer) for buffer in run.model.buffers())
     bf16 = autocasts(config, device)
-    operand = torch.bfloat16 if bf16 else parameters[0].dtype
     shards = run.accelerator.num_processes if is_sharded(run.accelerator) else 1
     gradients = sum(map(_bytes, trained))
 
     weight: Tensor = run.model.get_output_embeddings().weight
-    vocab = weight.shape[0]
-    head, plan = _head(run, operand, weight, len(batch.rows), positions, scored)
+    head, plan = _head(run, batch)
     cause, kept, last = None, None, 0
     try:
         kept, last = _kept_by_backbone(run.model, tuple(batch.inputs["input_ids"].shape), device, bf16=bf16)
@@ -97,7 +95,7 @@ def plan_memory(run: Run) -> MemoryPlan:
         head=head,
         head_gradient=_bytes(weight) if weight.requires_grad else 0,
         head_plan=plan,
-        logits=positions * vocab * operand.itemsize,
+        logits=positions * weight.shape[0] * _operand(run, weight).itemsize,
         update=0 if device.type == "cuda" else 2 * max(map(_bytes, trained)),
         micro_batch=(len(batch.rows), positions, scored),
         accumulates=most > 1,
@@ -111,11 +109,7 @@ def check_budget(run: Run) -> None:
     if run.config.memory_budget is None or not run.pairs:
         return
     indices, _ = largest_micro_batch(run)
-    batch = run.collate([run.pairs[index] for index in indices])
-    weight: Tensor = run.model.get_output_embeddings().weight
-    operand = torch.bfloat16 if autocasts(run.config, run.accelerator.device) else weight.dtype
-    positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
-    _head(run, operand, weight, len(batch.rows), positions, scored)
+    _head(run, run.collate([run.pairs[index] for index in indices]))
 
 
 def largest_micro_batch(run: Run) -> tuple[list[int], int]:
@@ -136,39 +130,32 @@ def available_memory(device: torch.device, processes: int) -> tuple[int, str]:
     return available() // processes, "main memory, left to this process"
 
 
-def _head(run: Run, operand: torch.dtype, weight: Tensor, pairs: int, positions: int, scored: int) -> tuple[int, str]:
-    """What log-probs and their gradient take, and how they are made."""
-    config = run.config
-    use: Use = "trainable" if weight.requires_grad else "frozen"
-    softcap = any(getattr(run.model.config.get_text_config(), name, None) for name in SOFTCAPS)
-    vocab, hidden_size = weight.shape
-    if config.logps == "logits":
-        length = max(2, positions // (2 * pairs))
-        step = Step(
-            pairs=pairs,
-            length=length,
-            share=min(1.0, scored / positions),
-            hidden_size=hidden_size,
-            vocab=vocab,
-            dtype=operand,
-            softcap=softcap,
-            gpu=run.accelerator.device.type == "cuda",
-        )
-        return logits_peak(step, use), "logits of all positions, and their gradient"
-    problem = Problem(
-        rows=scored,
-        hidden_size=hidden_size,
-        vocab=vocab,
-        operand=operand,
-        hidden_dtype=operand,
-        weight_dtype=weight.dtype,
-        hidden=True,
-        weight=weight.requires_grad,
-        softcap=softcap,
+def _operand(run: Run, weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if autocasts(run.config, run.accelerator.device) else weight.dtype
+
+
+def _head(run: Run, batch: Batch) -> tuple[int, str]:
+    """What a batch's log-probs and their gradient take, and how they are made."""
+    config, device, pairs = run.config, run.accelerator.device, len(batch.rows)
+    positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
+    weight: Tensor = run.model.get_output_embeddings().weight
+    step = Step(
         pairs=pairs,
+        length=max(2, positions // (2 * pairs)),
+        share=min(1.0, scored / positions),
+        hidden_size=weight.shape[1],
+        vocab=weight.shape[0],
+        dtype=_operand(run, weight),
+        softcap=any(getattr(run.model.config.get_text_config(), name, None) for name in SOFTCAPS),
+        gpu=device.type == "cuda",
+        streams=False,
     )
-    plan = plan_tokens(problem, machine_of(run.accelerator.device), parse_budget(config.memory_budget))
-    gathered = 2 * scored * hidden_size * operand.itemsize  # the scored rows, and their gradient
+    use: Use = "trainable" if weight.requires_grad else "frozen"
+    if config.logps == "logits":
+        return logits_peak(step, use), "logits of all positions, and their gradient"
+    problem = replace(step.problem(use), rows=scored, weight_dtype=weight.dtype)
+    plan = plan_tokens(problem, machine_of(device), parse_budget(config.memory_budget))
+    gathered = 2 * scored * step.hidden_size * step.dtype.itemsize  # the scored rows, and their gradient
     return plan.peak + gathered, plan.describe
 
 

@@ -289,8 +289,8 @@ def damage_index(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "has a config and no weights: model.safetensors or"),
-        (damage_cut, "and its header says"),
-        (damage_header, "is no safetensors file, or cut short (100 bytes)"),
+        (damage_cut, "is damaged or cut short"),
+        (damage_header, "(100 bytes) is damaged or cut short"),
         (damage_index, "the weights' index names model-00001-of-00002.safetensors, which is not in"),
     ],
 )
