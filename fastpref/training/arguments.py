@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastpref.checks import describe
 from fastpref.options import Parser, UsageError, other_name
 from fastpref.training.config import TrainConfig, read_json
-from fastpref.training.other_names import OTHER_NAMES
 
+# What other trainers (TRL, LLaMA-Factory, OpenRLHF, axolotl) call an option: ours, or what to do in its place.
+_TABLE: dict[str, list[str]] = json.loads(Path(__file__).with_name("other_names.json").read_text(encoding="utf-8"))
+OTHER_NAMES = {name: told for told, names in _TABLE.items() for name in names}
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 

@@ -14,9 +14,8 @@ import pytest
 from fastpref import cli
 from fastpref.options import Parser, UsageError
 from fastpref.training import TrainConfig, train
-from fastpref.training.arguments import parse_arguments
+from fastpref.training.arguments import OTHER_NAMES, parse_arguments
 from fastpref.training.files import check_rows
-from fastpref.training.other_names import OTHER_NAMES
 
 Make = Callable[..., Any]
 COMMANDS_WITHOUT_TORCH = ("train", "demo", "bench", "plan")
