@@ -20,16 +20,10 @@ _SUMS = {"entropy": "weighted", "mean_logits": "sum_z", "log_sum_sq_probs": "squ
 _NONE = TokenExtras()
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(RowStatistics):
     """Of each of N rows, without its label's logit; and that logit, z_y. Sums that nobody asked for are None."""
 
-    maximum: Tensor  # (N,), m
-    total: Tensor  # (N,), Σ exp(z − m)
-    target: Tensor  # (N,)
-    weighted: Tensor | None = None  # (N,), Σ exp(z − m)·(z − m)
-    squares: Tensor | None = None  # (N,), Σ exp(2·(z − m))
-    sum_z: Tensor | None = None  # (N,), Σ z
+    __slots__ = ()
 
     @staticmethod
     def begin(count: int, like: Tensor, dtype: torch.dtype, extras: tuple[str, ...] = ()) -> Statistics:
@@ -43,15 +37,13 @@ class Statistics:
         return {"weighted": self.weighted, "squares": self.squares, "sum_z": self.sum_z}
 
     def span(self, start: int, stop: int) -> Statistics:
-        parts = (self.maximum, self.total, self.target, *self.sums.values())
-        return Statistics(*(None if part is None else part[start:stop] for part in parts))  # type: ignore[arg-type]
+        return Statistics(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
 
     def over(self, among: Members, owner: Tensor) -> Statistics:
         """These of one part of the vocabulary together with those of the others; `owner` (N,) has each row's label."""
         if len(owner) == 0:
             return self
-        mine = RowStatistics(self.maximum, self.total, self.target, **self.sums)
-        return Statistics(**combine(mine, owner, among)._asdict())
+        return Statistics(*combine(self, owner, among))
 
     def finish(self, vocab: int, extras: tuple[str, ...] = ()) -> Finished:
         top = torch.maximum(self.maximum, self.target)
