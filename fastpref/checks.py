@@ -65,10 +65,16 @@ def check_number(
     high = number < maximum if open_maximum else number <= maximum
     # Not math.isfinite: torch.compile makes options symbolic, and it cannot take those.
     if not (-math.inf < number < math.inf and low and high):
-        left = "(" if open_minimum or minimum == -math.inf else "["
-        right = ")" if open_maximum or maximum == math.inf else "]"
-        raise ValueError(f"{name} must be a finite number in {left}{minimum:g}, {maximum:g}{right}, got {value!r}")
+        within = interval_text(minimum, maximum, open_minimum, open_maximum)
+        raise ValueError(f"{name} must be a finite number in {within}, got {value!r}")
     return number
+
+
+def interval_text(minimum: float, maximum: float, open_minimum: bool, open_maximum: bool) -> str:
+    """As "[0, 0.5)"; an infinite end is open."""
+    left = "(" if open_minimum or minimum == -math.inf else "["
+    right = ")" if open_maximum or maximum == math.inf else "]"
+    return f"{left}{minimum:g}, {maximum:g}{right}"
 
 
 def refuse_capture(what: str, advice: str) -> None:

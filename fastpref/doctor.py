@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def _errors(dtype: torch.dtype, device: str) -> tuple[float, float, float, float
     # The truth is computed on the CPU: not every device has float64.
     value, grad = _reference(logits, labels, torch.float64)
     eager_value, eager_grad = _reference(logits, labels, torch.float32)
-    our_value, our_grad = _ours(logits.to(device), labels.to(device))
+    leaf = logits.to(device).clone().requires_grad_()
+    our_value, our_grad = _run(cast(Tensor, fastpref.sequence_logps(leaf, labels.to(device))), leaf)
     return (
         _largest(our_value - value),
         _largest(eager_value - value),
@@ -179,12 +181,6 @@ def _reference(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tens
     # The truth's gradient stays in float64; eager's is rounded to the logits' dtype, as ours is.
     leaf = (logits.double() if dtype == torch.float64 else logits).clone().requires_grad_()
     return _run(fastpref.reference.sequence_logps(leaf, labels, dtype=dtype), leaf)
-
-
-def _ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = logits.clone().requires_grad_()
-    values = fastpref.sequence_logps(leaf, labels)
-    return _run(values if isinstance(values, Tensor) else values[0], leaf)
 
 
 def _run(values: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:

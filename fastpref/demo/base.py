@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_scheduler
 
 import fastpref
@@ -141,9 +142,6 @@ def _batches(encoded: Sequence[list[int]], size: int, rng: random.Random) -> lis
 def _pad(
     batch: Sequence[list[int]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T), (B, T)
-    width = max(map(len, batch))
-    input_ids = torch.full((len(batch), width), pad_id)
-    labels = torch.full((len(batch), width), IGNORE)
-    for place, ids in enumerate(batch):
-        input_ids[place, : len(ids)] = labels[place, : len(ids)] = torch.tensor(ids)
+    rows = [torch.tensor(ids) for ids in batch]
+    input_ids, labels = (pad_sequence(rows, batch_first=True, padding_value=value) for value in (pad_id, IGNORE))
     return input_ids.to(device), labels.to(device)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_number, did_you_mean
+from fastpref.checks import check_number, did_you_mean, interval_text
 
 
 class PairLogps(NamedTuple):
@@ -65,9 +65,7 @@ class LossOption:
 
     @property
     def interval(self) -> str:
-        left = "(" if self.open_minimum or self.minimum == -math.inf else "["
-        right = ")" if self.open_maximum or self.maximum == math.inf else "]"
-        interval = f"{left}{self.minimum:g}, {self.maximum:g}{right}"
+        interval = interval_text(self.minimum, self.maximum, self.open_minimum, self.open_maximum)
         return f"{interval} or None" if self.default is None else interval
 
     def check(self, value: Any) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastpref.checks import check_choice
 from fastpref.models.head import unwrap
@@ -111,23 +112,17 @@ def _by_trial(model: Any, attention: str) -> str | None:
 
 def _own_rows(model: Any, sequences: list[tuple[Any, int]], *, batched: bool) -> Tensor:  # (N, V) float32
     """The logits that predict the responses' tokens, of a row a sequence: one by one, or padded on the right."""
-    width = max(len(ids) for ids, _ in sequences)
-    found = []
-    rows = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, (ids, _) in zip(rows, sequences, strict=True):
-        row[: len(ids)] = torch.from_numpy(ids)
-    rows = rows.to(model.device)
+    rows = pad_sequence([torch.from_numpy(ids) for ids, _ in sequences], batch_first=True).to(model.device)
+    lengths = [len(ids) for ids, _ in sequences]
     if batched:
-        seen = torch.arange(width)[None] < torch.tensor([len(ids) for ids, _ in sequences])[:, None]
+        seen = torch.arange(rows.shape[1])[None] < torch.tensor(lengths)[:, None]
         logits = list(model(input_ids=rows, attention_mask=seen.long().to(model.device), use_cache=False).logits)
     else:
-        logits = [
-            model(input_ids=row[None, : len(ids)], use_cache=False).logits[0]
-            for row, (ids, _) in zip(rows, sequences, strict=True)
-        ]
-    for values, (ids, start) in zip(logits, sequences, strict=True):
-        found.append(values[start - 1 : len(ids) - 1].float())
-    return torch.cat(found)
+        each = zip(rows, lengths, strict=True)
+        logits = [model(input_ids=row[None, :length], use_cache=False).logits[0] for row, length in each]
+    starts = (start for _, start in sequences)
+    found = zip(logits, starts, lengths, strict=True)
+    return torch.cat([values[start - 1 : length - 1].float() for values, start, length in found])
 
 
 def _tolerance(model: Any) -> float:

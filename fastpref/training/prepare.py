@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -128,7 +129,6 @@ def prepare(
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
     given = {"model": model, "tokenizer": tokenizer, "dataset": train_dataset, "eval_dataset": eval_dataset}
     config = _with_names(config, given)
-    model, tokenizer, train_dataset, eval_dataset = (_unless_named(value) for value in given.values())
     accelerator = make_accelerator()
     out = sys.stdout if config.dry_run else sys.stderr  # there the lines are what was asked for
     console = Console(main=accelerator.is_main_process, progress=config.progress, out=out)
@@ -141,27 +141,22 @@ def prepare(
     torch.manual_seed(config.seed)
     folder, claim = claim_folder(config, accelerator)  # before anything is loaded
     config = dataclasses.replace(config, output_dir=str(folder))
-    given = {"model": model, "tokenizer": tokenizer, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    try:
-        return _prepare(config, accelerator, console, spec, claim, **given)
-    except BaseException:
+    with ExitStack() as undo:  # what a refusal gives back
         if claim is not None:
-            claim.release()
-        raise
+            undo.callback(claim.release)
+        run = _load(config, accelerator, console, spec, claim, given)
+        undo.callback(run.release)
+        check_budget(run)
+        run = _with_checkpoint(run)
+        undo.pop_all()
+        return run
 
 
-def _prepare(
-    config: TrainConfig,
-    accelerator: Any,
-    console: Console,
-    spec: LossSpec,
-    claim: Claim | None,
-    *,
-    model: Any,
-    tokenizer: Any,
-    train_dataset: Any,
-    eval_dataset: Any,
+def _load(
+    config: TrainConfig, accelerator: Any, console: Console, spec: LossSpec, claim: Claim | None, given: dict[str, Any]
 ) -> Run:
+    """Data, tokenizer, model and the order of the batches, from the options or from the objects `given`."""
+    model, tokenizer, train_dataset, eval_dataset = (_unless_named(value) for value in given.values())
     rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
     if rows is None:
         raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
@@ -204,7 +199,7 @@ def _prepare(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    run = Run(
+    return Run(
         config=config,
         max_length=max_length,
         learning_rate=learning_rate,
@@ -225,12 +220,6 @@ def _prepare(
         checkpoint=None,
         state=None,
     )
-    try:
-        check_budget(run)
-        return _with_checkpoint(run)
-    except BaseException:
-        run.release()
-        raise
 
 
 def _with_names(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
