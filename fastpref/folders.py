@@ -16,7 +16,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Owner:
     besides: Sequence[str] = ()  # glob patterns of what may lie in the folder already, and stays as it is
 
 
-class Claim:
+class Claim(AbstractContextManager["Claim"]):
     """A folder that is this process's own until `release`, or the end of a `with` block."""
 
     def __init__(self, folder: Path, owner: Owner, made: Sequence[Path]) -> None:
@@ -83,9 +83,6 @@ class Claim:
                 for folder in reversed(self._made):
                     folder.rmdir()
         self._close()
-
-    def __enter__(self) -> Claim:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.release()

@@ -108,11 +108,6 @@ def wrap(accelerator: Any, model: Any, optimizer: Any, config: TrainConfig) -> t
     return accelerator.prepare(model, optimizer)
 
 
-def _units(model: Any) -> list[Any]:
-    """The modules whose weights FSDP2 gathers together."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 def micro_batch(accelerator: Any, model: Any, *, last: bool) -> AbstractContextManager[Any]:
     """Around forward and backward of a micro-batch: gradients are added up over the processes with a step's last."""
     if zero3.in_use(accelerator):
@@ -150,8 +145,9 @@ def deal(batches: Sequence[list[T]], accelerator: Any) -> Iterator[tuple[list[T]
 
 def _reshard(model: Any) -> None:
     """Put back the shards as the model's parameters: an evaluation leaves the head's gathered."""
-    for unit in _units(model):
-        unit.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_weights(accelerator: Any, model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -6,10 +6,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -164,7 +163,7 @@ def write_record(file: Any, record: dict[str, Any]) -> None:
     file.flush()
 
 
-class MetricLog:
+class MetricLog(AbstractContextManager["MetricLog"]):
     """The records of a run: `history`; the same in metrics.jsonl and TensorBoard, from the main process.
 
     Raises:
@@ -206,12 +205,7 @@ class MetricLog:
             with writing(self._path):
                 os.fsync(self._file.fileno())
 
-    def __enter__(self) -> MetricLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # What fails on the way out of an error has the same cause, and must not hide it.
         for log in (self._file, self._board):
             with nullcontext() if error is None else suppress(SaveError), writing(self._path):

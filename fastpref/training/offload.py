@@ -15,7 +15,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -102,10 +101,8 @@ class ActivationOffload:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
         if self._head_hook is not None:
             self._head_hook.remove()
         if self._stream is not None:

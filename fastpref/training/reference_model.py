@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -106,17 +106,17 @@ def _check_tokenizer(name: str, tokenizer: Any) -> None:
         raise ValueError(f"it has another vocabulary than the run's tokenizer ({example}): take one of the same family")
 
 
-def _without_adapters(model: Any) -> AbstractContextManager[Any]:
-    if hasattr(model, "disable_adapter"):  # PEFT's own model
-        return model.disable_adapter()
-    return _switched_off(model) if getattr(model, "_hf_peft_config_loaded", False) else nullcontext()
-
-
 @contextmanager
-def _switched_off(model: Any) -> Iterator[None]:
-    """The adapters that `model.add_adapter` of transformers has put in."""
-    model.disable_adapters()
-    try:
+def _without_adapters(model: Any) -> Iterator[None]:
+    """The model with its adapters off: PEFT's own model, or one that transformers' `add_adapter` has put them in."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    else:
         yield
-    finally:
-        model.enable_adapters()
