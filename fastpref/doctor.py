@@ -1,6 +1,7 @@
 """`fastpref doctor`: what is installed, which path will run, and whether it computes the truth here.
 
-It needs torch alone: a missing extra or a broken Triton is something to report, not to stop at.
+It needs torch alone: a missing extra or a broken Triton is something to report, not to stop at. `--help` does not wait
+for torch, which the functions that need it import.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 import fastpref
-from fastpref import backend
 from fastpref.environment import package_version, variables
 from fastpref.integrations import tested
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CORE = ("torch", "triton", "numpy")
 TRAIN_EXTRA = (
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastpref doctor", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", help="where to run the check (default: the GPU where there is one)")
     options = parser.parse_args(argv)
+    import torch
+
     print(f"fastpref {fastpref.__version__}, Python {platform.python_version()}, {platform.platform()}")
     _section("packages", [_version(name) for name in CORE])
     _section("[train] extra", [_version(name) for name in TRAIN_EXTRA])
@@ -86,6 +89,8 @@ def _trainers() -> list[str]:
 
 
 def _devices() -> list[str]:
+    import torch
+
     lines = [f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -99,6 +104,8 @@ def _devices() -> list[str]:
 
 def explain_path(tensor: Tensor) -> tuple[str, str]:
     """The path of an operation on `tensor` ("triton" or "torch"), and why; raises as `backend.use_triton`."""
+    from fastpref import backend
+
     chosen = backend.backend_choice()
     path = "triton" if backend.use_triton(tensor) else "torch"
     if chosen != "auto":
@@ -124,6 +131,10 @@ def _triton_problem() -> str | None:
 
 def _check(device: str) -> tuple[list[str], bool]:
     """The path, and its log-probs and gradient against float64 on a small case of awkward sizes."""
+    import torch
+
+    from fastpref import backend
+
     try:
         path, reason = explain_path(torch.zeros(1, device=device))
     except Exception as error:
@@ -159,6 +170,8 @@ def _check(device: str) -> tuple[list[str], bool]:
 
 def _errors(dtype: torch.dtype, device: str) -> tuple[float, float, float, float]:
     """Largest absolute errors on (3, 11, 507) logits: our value, eager's; our gradient, eager's."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(3, 11, 507, generator=generator)).to(dtype)
     labels = torch.randint(507, (3, 11), generator=generator)
@@ -168,7 +181,7 @@ def _errors(dtype: torch.dtype, device: str) -> tuple[float, float, float, float
     value, grad = _reference(logits, labels, torch.float64)
     eager_value, eager_grad = _reference(logits, labels, torch.float32)
     leaf = logits.to(device).clone().requires_grad_()
-    our_value, our_grad = _run(cast(Tensor, fastpref.sequence_logps(leaf, labels.to(device))), leaf)
+    our_value, our_grad = _run(cast("Tensor", fastpref.sequence_logps(leaf, labels.to(device))), leaf)
     return (
         _largest(our_value - value),
         _largest(eager_value - value),
@@ -178,6 +191,8 @@ def _errors(dtype: torch.dtype, device: str) -> tuple[float, float, float, float
 
 
 def _reference(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    import torch
+
     # The truth's gradient stays in float64; eager's is rounded to the logits' dtype, as ours is.
     leaf = (logits.double() if dtype == torch.float64 else logits).clone().requires_grad_()
     return _run(fastpref.reference.sequence_logps(leaf, labels, dtype=dtype), leaf)
@@ -185,6 +200,8 @@ def _reference(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 def _run(values: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
     """Values and the leaf's gradient, on the CPU in float64; the upstream differs in every sequence."""
+    import torch
+
     upstream = torch.tensor([0.5, -2.0, 3.0], dtype=values.dtype, device=values.device)
     (grad,) = torch.autograd.grad(values, leaf, upstream)
     return values.detach().cpu().double(), grad.cpu().double()

@@ -7,7 +7,6 @@ that was interrupted goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import tempfile
@@ -19,11 +18,9 @@ from typing import Any, TextIO
 from fastpref.benchmarks.study.base import Speaker, draft_base, load_speaker, make_base, make_judge
 from fastpref.benchmarks.study.measures import longest_repeated_span
 from fastpref.benchmarks.study.methods import DivergedError, align
-from fastpref.benchmarks.study.pairs import make_pairs
-from fastpref.benchmarks.study.settings import TUNING_SEED, Settings, Size
+from fastpref.benchmarks.study.settings import TUNING_SEED, Settings, Study
 from fastpref.demo.measures import answer_logps, distinct_bigrams, generate, mention_share, perplexity_of
 from fastpref.demo.pairs import Pair, PairSet
-from fastpref.folders import Owner
 from fastpref.training.durable import find_damage, new_file
 
 # A page whose encoding was not understood, several times as long as an answer; what is beyond a model's positions is
@@ -32,36 +29,6 @@ SPOILT = " " + 100 * "\ufffd"
 DIGITS = 7
 # Jobs of which a study has one, before all others.
 FIRST = ("judge", "draft", "base")
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all jobs of a study have in common."""
-
-    size: Size
-    university: str
-    folder: Path
-    model: str | None = None  # a base to start from, instead of one that is trained first
-
-    @property
-    def runs(self) -> Path:
-        """Where runs under way keep their files: what a killed study leaves there is of no use."""
-        return self.folder / ".runs"
-
-    @property
-    def owner(self) -> Owner:
-        """Whose folder it is: a study of another size, target or model is another study."""
-        identity = {"size": self.size.name, "university": self.university, "model": self.model}
-        return Owner("fastpref study", identity, resume=True, inputs={"--model": self.model})
-
-    def pairs(self, seed: int) -> dict[str, PairSet]:
-        return _pairs(self.size.train, self.size.heldout, self.university, seed)
-
-
-@functools.lru_cache(maxsize=8)
-def _pairs(train: int, heldout: int, university: str, seed: int) -> dict[str, PairSet]:
-    """A worker has many jobs on the same pairs, and making them takes a second or two."""
-    return make_pairs(train=train, heldout=heldout, university=university, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`fastpref study`: its options."""
+"""`fastpref study`: its options, which are checked before torch and transformers are imported."""
 
 from __future__ import annotations
 
@@ -12,18 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import UndefinedError
-from transformers import AutoConfig, AutoTokenizer
-
-from fastpref.benchmarks.study.cells import Study
-from fastpref.benchmarks.study.endpoint import Endpoint, JudgeError, check_ready
-from fastpref.benchmarks.study.judging import judge_results
+from fastpref.benchmarks.arguments import fail
 from fastpref.benchmarks.study.pairs import SETS, check_university
-from fastpref.benchmarks.study.pool import JobError, cores
-from fastpref.benchmarks.study.report import print_summary, write_report
-from fastpref.benchmarks.study.run import FORMAT, RESULTS, run_study
-from fastpref.benchmarks.study.settings import METHODS, SIZES, TUNING_SEED
+from fastpref.benchmarks.study.settings import METHODS, SIZES, TUNING_SEED, Study
 from fastpref.console import Console
 from fastpref.demo.cli import LARGEST_SEED
 from fastpref.demo.pairs import DEFAULT_UNIVERSITY
@@ -50,19 +41,28 @@ def main(arguments: Sequence[str]) -> int:
             folder=options.output_dir,
             model=_model(options.model),
         )
+        check(study.folder, study.owner)
         _check_positions(study)
         finish = _judge(options.judge_url, options.judge_model, study.folder, console)
-        check(study.folder, study.owner)
-    except (ValueError, OSError, ImportError, JudgeError) as error:
-        print(f"fastpref study: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    workers = options.workers or (1 if torch.cuda.is_available() else cores())
+    except (ValueError, OSError, ImportError) as error:
+        return fail("fastpref study", error)
+    return _run(study, methods, options.workers, console, finish)
+
+
+def _run(study: Study, methods: Sequence[str], workers: int | None, console: Console, finish: Finish | None) -> int:
+    import torch
+
+    from fastpref.benchmarks.study.endpoint import JudgeError
+    from fastpref.benchmarks.study.pool import JobError, cores
+    from fastpref.benchmarks.study.run import run_study
+
+    workers = workers or (1 if torch.cuda.is_available() else cores())
     # Before the workers start, which read it as they import torch.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
     try:
         run_study(study, methods=methods, workers=workers, console=console, finish=finish)
     except (JobError, JudgeError, OSError) as error:
-        print(f"fastpref study: error: {' '.join(str(error).split())}", file=sys.stderr)
+        fail("fastpref study", error)
         return 2 if isinstance(error, FolderError) else 1
     except KeyboardInterrupt:
         print("fastpref study: stopped; the same command goes on from here", file=sys.stderr)
@@ -157,6 +157,8 @@ def _check_positions(study: Study) -> None:
     """
     if study.model is None:
         return
+    from transformers import AutoConfig, AutoTokenizer
+
     positions = getattr(AutoConfig.from_pretrained(study.model), "max_position_embeddings", None)
     tokenizer = AutoTokenizer.from_pretrained(study.model)
     prompts = [pair["prompt"] for pair in study.pairs(TUNING_SEED)[SETS[0]].heldout]
@@ -175,8 +177,14 @@ def _judge(url: str | None, model: str | None, folder: Path, console: Console) -
         return None
     if url is None or model is None:
         raise UsageError("--judge_url and --judge_model go together: give both, or neither")
+    from fastpref.benchmarks.study.endpoint import Endpoint, JudgeError, check_ready
+    from fastpref.benchmarks.study.judging import judge_results
+
     endpoint = Endpoint(url, model)
-    check_ready()
+    try:
+        check_ready()
+    except JudgeError as error:
+        raise UsageError(str(error)) from None
     return lambda results: judge_results(results, endpoint, folder, console)
 
 
@@ -189,6 +197,11 @@ def _nothing_else(options: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, console: Console) -> int:
+    from jinja2 import UndefinedError
+
+    from fastpref.benchmarks.study.report import print_summary, write_report
+    from fastpref.benchmarks.study.run import FORMAT, RESULTS
+
     path = folder / RESULTS
     if not path.is_file():
         raise UsageError(f"there is no {path}: --report takes the folder of a study that has ended")

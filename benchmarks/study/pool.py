@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from fastpref.benchmarks.study.cells import Job, Study, do
+from fastpref.benchmarks.study.cells import Job, do
 from fastpref.benchmarks.study.methods import Interrupted
+from fastpref.benchmarks.study.settings import Study
 
 # glibc's malloc.h: how large a piece is asked of the system alone, and how much free memory is given back to it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

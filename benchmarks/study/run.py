@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpref.benchmarks.study.cells import Job, Study
+from fastpref.benchmarks.study.cells import Job
 from fastpref.benchmarks.study.methods import order
 from fastpref.benchmarks.study.pairs import SETS
 from fastpref.benchmarks.study.pool import Pool, cores
 from fastpref.benchmarks.study.report import print_summary, write_report
-from fastpref.benchmarks.study.settings import METHODS, TITLES, TUNING_SEED, Settings, centre, choose, sweep
+from fastpref.benchmarks.study.settings import METHODS, TITLES, TUNING_SEED, Settings, Study, centre, choose, sweep
 from fastpref.console import Console
 from fastpref.demo.pairs import write_jsonl
 from fastpref.environment import record

@@ -1,10 +1,16 @@
-"""What the study runs: its methods, how large each size is, and the values that are swept."""
+"""What the study runs: its methods, how large each size is, and the values that are swept. Imports no torch."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from fastpref.benchmarks.study.pairs import make_pairs
+from fastpref.demo.pairs import PairSet
+from fastpref.folders import Owner
 
 # In the order of tables and pictures.
 TITLES = {
@@ -137,6 +143,36 @@ TINY = Size(
     evaluations=2,
 )
 SIZES = {size.name: size for size in (SMALL, GPT2, TINY)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all jobs of a study have in common."""
+
+    size: Size
+    university: str
+    folder: Path
+    model: str | None = None  # a base to start from, instead of one that is trained first
+
+    @property
+    def runs(self) -> Path:
+        """Where runs under way keep their files: what a killed study leaves there is of no use."""
+        return self.folder / ".runs"
+
+    @property
+    def owner(self) -> Owner:
+        """Whose folder it is: a study of another size, target or model is another study."""
+        identity = {"size": self.size.name, "university": self.university, "model": self.model}
+        return Owner("fastpref study", identity, resume=True, inputs={"--model": self.model})
+
+    def pairs(self, seed: int) -> dict[str, PairSet]:
+        return _pairs(self.size.train, self.size.heldout, self.university, seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs(train: int, heldout: int, university: str, seed: int) -> dict[str, PairSet]:
+    """A worker has many jobs on the same pairs, and making them takes a second or two."""
+    return make_pairs(train=train, heldout=heldout, university=university, seed=seed)
 
 
 def centre(size: Size, method: str) -> Settings:

@@ -24,13 +24,13 @@ pytest.importorskip("matplotlib", reason="the study needs fastpref[train]")
 
 from fastpref import folders
 from fastpref.benchmarks.study import cells, cli, plots, report
-from fastpref.benchmarks.study.cells import Job, Study, spoil
+from fastpref.benchmarks.study.cells import Job, spoil
 from fastpref.benchmarks.study.methods import Interrupted, order
 from fastpref.benchmarks.study.pairs import SETS
 from fastpref.benchmarks.study.pool import JobError, Pool
 from fastpref.benchmarks.study.reading import Study as ReadStudy
 from fastpref.benchmarks.study.run import FORMAT, _spoilt, run_study
-from fastpref.benchmarks.study.settings import GPT2, METHODS, SMALL, TINY, Settings, Size, centre
+from fastpref.benchmarks.study.settings import GPT2, METHODS, SMALL, TINY, Settings, Size, Study, centre
 from fastpref.console import Console
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
@@ -206,9 +206,8 @@ import dataclasses
 import sys
 import torch
 from pathlib import Path
-from fastpref.benchmarks.study.cells import Study
 from fastpref.benchmarks.study.run import run_study
-from fastpref.benchmarks.study.settings import TINY
+from fastpref.benchmarks.study.settings import TINY, Study
 from fastpref.console import Console
 if __name__ == "__main__":
     torch.set_num_threads({torch.get_num_threads()})

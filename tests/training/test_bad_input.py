@@ -18,7 +18,6 @@ from fastpref.training.arguments import OTHER_NAMES, parse_arguments
 from fastpref.training.files import check_rows
 
 Make = Callable[..., Any]
-COMMANDS_WITHOUT_TORCH = ("train", "demo", "bench", "plan")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -32,7 +31,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 # The command line and its files
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in COMMANDS_WITHOUT_TORCH)])
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in cli.COMMANDS)])
 def test_a_help_text_waits_for_neither_torch_nor_transformers(arguments: tuple[str, ...]) -> None:
     if arguments[0] == "bench":
         pytest.importorskip("rich", reason='needs pip install "fastpref[bench]"')
