@@ -255,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 2 bad input, 130 interrupted."""
     try:
         options = _parser().parse_args(argv)
+        results.check_json(options.json)
         chosen = plan(options)
         from .measure import head_of
 

@@ -43,12 +43,18 @@ def environment(device: str, device_class: str, copy_gb_per_s: float) -> File:
     }
 
 
+def check_json(path: Path | None) -> None:
+    """Raise FolderError where `--json` cannot be written, or names a file of others."""
+    if path is not None:
+        check_file(path, mark=MARK, option="--json")
+
+
 class Store:
     """The rows of a run, kept in `path`, if one is given, one by one: what interrupts a run costs the row under way."""
 
     def __init__(self, path: Path | None, head: File) -> None:
         if path is not None and path.exists():
-            check_file(path, mark=MARK, option="--json")
+            check_json(path)
         self.path, self.head = path, head
         self.rows: list[Row] = []
         self.skipped: list[Row] = []

@@ -13,7 +13,6 @@ learnt; with TRITON_INTERPRET=1 it runs the kernels' part without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -28,11 +27,13 @@ import fastpref
 from fastpref import tiled
 from fastpref.linear import plan as planner
 from fastpref.linear import tokens
+from fastpref.options import Parser
 from fastpref.tables import print_table
 from fastpref.tiled import Transform
 
 from . import results
-from .cases import HEADLINE, VOCABS, LogpsCase, logps_cases
+from .arguments import fail
+from .cases import VOCABS, LogpsCase, logps_cases
 from .inputs import make_labels, make_logits, make_upstream
 from .measure import Timer, head_of, is_gpu, spread
 
@@ -109,7 +110,8 @@ def logits_cases(device: str, *, tiny: bool) -> list[LogpsCase]:
     if tiny:
         return logps_cases("tiny", memory=0)
     if not is_gpu(device):
-        return [HEADLINE, LogpsCase("gpt2", 2, 512, VOCABS["gpt2"], 0.5), LogpsCase("v32000", 2, 512, 32000, 0.5)]
+        headline = logps_cases("cpu", memory=0)[0]
+        return [headline, LogpsCase("gpt2", 2, 512, VOCABS["gpt2"], 0.5), LogpsCase("v32000", 2, 512, 32000, 0.5)]
     memory = torch.cuda.get_device_properties(0).total_memory
     wanted = {"gpt2", "qwen3", "gpt2-fp32"}  # V odd, V divisible by 16, and the other element size
     return [case for case in logps_cases("gpu", memory=memory) if case.name in wanted]
@@ -205,11 +207,16 @@ def show(rows: Sequence[results.Row], *, linear: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sweep", description=str(__doc__).partition("\n")[0])
+    """0 done, 2 bad input."""
+    parser = Parser(prog="sweep", description=str(__doc__).partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--linear", action="store_true", help="tiles and plans of the linear path")
     parser.add_argument("--tiny", action="store_true", help="proves the script")
     parser.add_argument("--json", type=Path, help="rewritten after each case")
-    options = parser.parse_args(argv)
+    try:
+        options = parser.parse_args(argv)
+        results.check_json(options.json)
+    except (ValueError, OSError) as error:
+        return fail("sweep", error)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copied = 2**24 if options.tiny else 2**28
     if is_gpu(device) and not options.tiny:

@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         options = _parser().parse_args(argv)
+        results.check_json(options.json)
         cases, device = _chosen(options)
         tiny = all(case.name in CLASSES["tiny"] for case in cases)
         device_class = "tiny" if tiny else "gpu" if device == "cuda" else "cpu"

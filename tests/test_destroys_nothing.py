@@ -11,12 +11,14 @@ pytest.importorskip("transformers", reason='needs pip install "fastpref[train]"'
 pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
 pytest.importorskip("rich", reason='needs pip install "fastpref[bench]"')
 
+from fastpref.benchmarks import longest, sweep, training
 from fastpref.benchmarks.report.__main__ import main as report
 from fastpref.cli import main
 
 FILES = (
     "README.md", "REPORT.md", "config.json", "metrics.jsonl", "results.json", "train.jsonl", "model/model.safetensors",
     "base/config.json", "plots/trip/beach.png", "results-plots/linear.png", "tensorboard/events", ".hidden",
+    "photos/beach.png", "photos/trip/notes.txt",
 )  # fmt: skip
 COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "--model=model", "--dataset=train.jsonl", "--output_dir"),
@@ -27,7 +29,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "study's report": ("study", "--report"),
     "bench": ("bench", "--device_class=tiny", "--output_dir"),
     "bench, to overwrite": ("bench", "--device_class=tiny", "--overwrite", "--output_dir"),
-    "report": ("report", "--results"),
+}
+# What has a module of its own to run.
+MODULES = {
+    "report": (report, "--results"),
+    "training": (training.main, "--case=training-tiny", "--json"),
+    "longest": (longest.main, "--tiny", "--json"),
+    "sweep": (sweep.main, "--tiny", "--json"),
 }
 
 
@@ -39,8 +47,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("place", [".", "model", "README.md", "missing/run", "link"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", [".", "model", "photos", "README.md", "missing/run", "link"])
+@pytest.mark.parametrize("command", [*COMMANDS, *MODULES])
 def test_what_a_command_did_not_write_stays_as_it_is(
     command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,8 +59,8 @@ def test_what_a_command_did_not_write_stays_as_it_is(
     (tmp_path / "link").symlink_to("model")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
-    name, *options = COMMANDS[command]
-    assert (report([*options, place]) if name == "report" else main([name, *options, place])) == 2
+    run, *options = MODULES[command] if command in MODULES else (main, *COMMANDS[command])
+    assert run([*options, place]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "error: " in line
     assert snapshot(tmp_path) == before

@@ -58,13 +58,14 @@ def main(argv: Sequence[str]) -> int:
         committed = folder.resolve() == RESULTS.resolve()
         pages = (options.readme,) if options.readme else PAGES if committed else ()
         files = read_all(folder)
+        if not options.check:
+            check_output(folder)
         texts = {folder / "REPORT.md": report(files, planned_on_gpu())}
         texts |= {page: _with_block(page, files, folder) for page in pages}
         if options.check:
             stale = _stale(folder, files, texts)
             print("\n".join([*stale, f"run `{COMMAND}`"] if stale else ["up to date"]))
             return 1 if stale else 0
-        check_output(folder)
         for path in write(folder, files, texts):
             print(path)
         for path in _leftover_pictures(folder, files):
@@ -78,10 +79,10 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
     """The results files of a folder by name, in order; every one must be of this schema."""
     if not folder.is_dir():
         raise UsageError(f"--results must be a folder of results files, got {folder}")
-    paths = sorted(folder.glob("*.json"))
-    if not paths and any(folder.iterdir()):
-        raise UsageError(f"{folder} holds other files and no results file, which `fastpref bench` writes: give another")
-    return {path.stem: results.read(path) for path in paths}
+    files = {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+    if not files:
+        raise UsageError(f"--results {folder} holds no results file: fastpref bench writes them")
+    return files
 
 
 def planned_on_gpu() -> dict[str, list[Row]]:
