@@ -6,11 +6,10 @@ that size costs, and only those of qwen3-0.6b, which is whole, what a model's st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from .cases import VOCABS, Scored
+from .cases import VOCABS, Scored, cases_of
 
 # Beyond every length that is tried: rotary embeddings take no memory for it.
 POSITIONS = 2**22
@@ -126,32 +125,5 @@ class StepCase(Scored):
 
 def step_cases(device_class: str, *, memory: int) -> list[StepCase]:
     """The set of a device class; `memory` is the GPU's, in bytes, and leaves out what cannot fit it."""
-    if device_class == "tiny":
-        tiny = StepCase("step-tiny", "tiny", 23, dtype="fp32", pairs=2, rounds=2, compiled=False)
-        return [
-            tiny,
-            replace(tiny, name="step-tiny-bf16", dtype="bf16", checkpointing=True, weighed=False),
-            replace(tiny, name="step-tiny-frozen", frozen=True, weighed=False),
-        ]
-    if device_class == "quick":
-        return [StepCase("step", "quick", 128, beside="fastest", compiled=False, weighed=False)]
-    if device_class == "cpu":
-        half = StepCase("step", "gpt2-head", 512)
-        return [
-            half,
-            replace(half, name="step-frozen", frozen=True, beside="plain"),
-            StepCase("step-qwen3", "qwen3-head", 256, beside="fastest", rounds=2),
-        ]
-    whole = StepCase("", "qwen3-0.6b", 0, beside="lengths", checkpointing=True, compiled=False, rounds=2)
-    head = StepCase("step-llama3", "llama3-8b-head", 4096, beside="all", rounds=5)
-    cases = [
-        replace(whole, name="step", length=2048, pairs=2, beside="all", checkpointing=False, compiled=True, rounds=5),
-        head,
-        replace(head, name="step-llama3-frozen", frozen=True, beside="plain"),
-        *_series("step-length", whole, (1024, 4096, 16384)),  # last: where time runs out, the rest is there
-    ]
+    cases = cases_of(StepCase, "step", device_class)
     return [case for case in cases if memory >= 40 * 2**30 or case.model != "llama3-8b-head"]
-
-
-def _series(name: str, case: StepCase, lengths: Sequence[int]) -> list[StepCase]:
-    return [replace(case, name=f"{name}-{length}", length=length, series=name) for length in lengths]

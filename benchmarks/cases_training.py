@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from .cases import table
 from .cases_step import MODELS, ModelShape
 
 # Real pairs, and the tokenizer that they are read with; --data names the folder that holds both.
@@ -25,7 +27,7 @@ class TrainingCase:
     checkpointing: bool = False
     references: bool = False  # made pairs bring reference log-probs along: no pass computes them
     learning_rate: float = 1e-5
-    providers: tuple[str, ...] = ()  # who takes part; nobody named: everybody
+    providers: Sequence[str] = ()  # who takes part; nobody named: everybody
 
     @property
     def shape(self) -> ModelShape:
@@ -52,27 +54,7 @@ class TrainingCase:
         }
 
 
-_REAL = TrainingCase("training-bf16", "gpt2-head", "bf16")
-_SHARE = TrainingCase("training-share", "gpt2-wide", "fp32", steps=6, providers=("fastpref",))
-_TINY = TrainingCase(
-    "training-tiny", "tiny", "fp32", steps=3, length=40, max_length=36, ragged=True, learning_rate=1e-3
-)
-_GPU = TrainingCase("", "qwen3-0.6b", "bf16", steps=5, per_step=1)
-
-CASES = {
-    case.name: case
-    for case in (
-        _REAL,
-        replace(_REAL, name="training-fp32", precision="fp32"),
-        replace(_REAL, name="training-quick", precision="fp32", model="quick"),
-        _SHARE,
-        replace(_SHARE, name="training-share-bf16", precision="bf16"),
-        _TINY,
-        replace(_GPU, name="training-2k", length=2048, max_length=2048, per_step=4),
-        replace(_GPU, name="training-8k", length=8192, max_length=8192),
-        replace(_GPU, name="training-32k", length=32768, max_length=32768, checkpointing=True),
-    )
-}
+CASES = {row["name"]: TrainingCase(**row) for row in table("training")}
 # What `--class` runs, the most wanted first: time may run out.
 CLASSES = {
     "cpu": ("training-bf16", "training-fp32", "training-share"),

@@ -34,34 +34,11 @@ def _sixteen_bit(case: LinearCase) -> str | None:
     return f"its backward takes bf16 or fp16 hidden states, not {case.dtype}" if case.dtype == "fp32" else None
 
 
-_PACKAGE = {"cut_cross_entropy": "cut-cross-entropy"}
+_cce = partial(Provider, family="cut-cross-entropy", rival=True, modules={"cut_cross_entropy": "cut-cross-entropy"})
+_kernels = partial(_cce, gpu_only=True, serves=_sixteen_bit)
 
 LINEAR = (
-    Provider(
-        "cut_cross_entropy",
-        partial(_dpo, impl="cce"),
-        "cut-cross-entropy",
-        rival=True,
-        modules=_PACKAGE,
-        gpu_only=True,
-        serves=_sixteen_bit,
-    ),
-    Provider(
-        "cut_cross_entropy_exact",
-        partial(_dpo, impl="cce", filter_eps=None),
-        "cut-cross-entropy",
-        rival=True,
-        modules=_PACKAGE,
-        gpu_only=True,
-        serves=_sixteen_bit,
-    ),
-    Provider(
-        "cut_cross_entropy_compile",
-        partial(_dpo, impl="torch_compile"),
-        "cut-cross-entropy",
-        rival=True,
-        slow=True,
-        compiles=True,
-        modules=_PACKAGE,
-    ),
+    _kernels("cut_cross_entropy", partial(_dpo, impl="cce")),
+    _kernels("cut_cross_entropy_exact", partial(_dpo, impl="cce", filter_eps=None)),
+    _cce("cut_cross_entropy_compile", partial(_dpo, impl="torch_compile"), slow=True, compiles=True),
 )

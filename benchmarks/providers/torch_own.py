@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,25 +71,11 @@ def _needs_linear_cross_entropy(case: Any) -> str | None:
     return f"torch {torch.__version__} has no chunked linear_cross_entropy"
 
 
-LOGPS = (
-    Provider("cross_entropy", _cross_entropy, "torch", rival=True),
-    Provider("cross_entropy_nocopy", _cross_entropy_nocopy, "torch", rival=True),
-)
+_torch = partial(Provider, family="torch", rival=True)
+_chunked = partial(_torch, slow=True, serves=_needs_linear_cross_entropy)
+
+LOGPS = (_torch("cross_entropy", _cross_entropy), _torch("cross_entropy_nocopy", _cross_entropy_nocopy))
 LINEAR = (
-    Provider(
-        "linear_cross_entropy_tuned",
-        _linear_cross_entropy_tuned,
-        "torch",
-        rival=True,
-        slow=True,
-        serves=_needs_linear_cross_entropy,
-    ),
-    Provider(
-        "linear_cross_entropy",
-        _linear_cross_entropy,
-        "torch",
-        rival=True,
-        slow=True,
-        serves=_needs_linear_cross_entropy,
-    ),
+    _chunked("linear_cross_entropy_tuned", _linear_cross_entropy_tuned),
+    _chunked("linear_cross_entropy", _linear_cross_entropy),
 )

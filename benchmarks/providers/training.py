@@ -183,29 +183,25 @@ def _trl_fastpref(inputs: Inputs) -> list[float]:
 _BASE = {"transformers": "transformers", "accelerate": "accelerate"}
 _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 
+_ours = partial(Provider, family="fastpref", modules=_BASE)
+_trls = partial(Provider, family="trl", rival=True, modules=_TRL)
+_before = partial(_trl, precompute_ref_log_probs=True)
+
 # In the order of a run, most wanted first: time may run out.
 TRAINING = (
-    Provider("fastpref", _fastpref, "fastpref", modules=_BASE),
-    Provider("trl", _trl, "trl", rival=True, modules=_TRL),
-    Provider("trl_fastpref", _trl_fastpref, "fastpref", modules=_TRL),
+    _ours("fastpref", _fastpref),
+    _trls("trl", _trl),
+    _ours("trl_fastpref", _trl_fastpref, modules=_TRL),
     Provider("plain", _plain, "plain", modules=_BASE),
     Provider("plain_cached", partial(_plain, cached=True), "plain", modules=_BASE),
-    Provider("fastpref_packed", partial(_fastpref, layout="packed"), "fastpref", modules=_BASE),
-    Provider("fastpref_padded", partial(_fastpref, layout="padded"), "fastpref", modules=_BASE),
-    Provider("fastpref_logits", partial(_fastpref, layout="padded", logps="logits"), "fastpref", modules=_BASE),
-    Provider(
-        "trl_fastest",
-        partial(_trl, precompute_ref_log_probs=True, gradient_checkpointing=False),
-        "trl",
-        rival=True,
-        modules=_TRL,
-    ),
-    Provider("trl_precomputed", partial(_trl, precompute_ref_log_probs=True), "trl", rival=True, modules=_TRL),
-    Provider(
+    _ours("fastpref_packed", partial(_fastpref, layout="packed")),
+    _ours("fastpref_padded", partial(_fastpref, layout="padded")),
+    _ours("fastpref_logits", partial(_fastpref, layout="padded", logps="logits")),
+    _trls("trl_fastest", partial(_before, gradient_checkpointing=False)),
+    _trls("trl_precomputed", _before),
+    _trls(
         "trl_liger",
-        partial(_trl, precompute_ref_log_probs=True, use_liger_kernel=True),
-        "trl",
-        rival=True,
+        partial(_before, use_liger_kernel=True),
         gpu_only=True,
         modules={**_TRL, "liger_kernel": "liger-kernel"},
     ),
