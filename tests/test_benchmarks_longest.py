@@ -183,6 +183,7 @@ def test_bad_input_is_one_line_with_what_is_known(
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_real_step_fails_where_the_kernel_refuses_memory(tmp_path: Path) -> None:
     """The tiny model's logits of 4096 tokens alone take 2·4096·507·4 bytes, a few times over."""
     pytest.importorskip("transformers", reason="the providers of steps need transformers")

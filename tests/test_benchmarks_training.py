@@ -259,6 +259,7 @@ def test_every_class_names_cases_that_exist_and_providers_that_are_known() -> No
 
 
 @linux
+@pytest.mark.slow
 def test_fastpref_and_the_plain_loop_train_alike_each_in_its_process(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert (

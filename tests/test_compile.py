@@ -261,12 +261,14 @@ def test_the_page_is_of_all_kernels_or_none(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "page.md").exists()
 
 
-def test_a_file_of_others_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+def test_a_file_of_others_is_refused_before_anything_is_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = "# Mine\n\nThe page is from python -m fastpref.benchmarks.compile.report.\n"
     (tmp_path / "notes.md").write_text(mine)
-    code, printed, _ = run_report(tmp_path, "--markdown", str(tmp_path / "notes.md"))
-    assert code == 2
-    assert f"--markdown {str(tmp_path / 'notes.md')!r} is there already" in printed
+    with pytest.raises(SystemExit, match="2"):
+        main(["--markdown", str(tmp_path / "notes.md")])
+    assert f"--markdown {str(tmp_path / 'notes.md')!r} is there already" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.md", mine)]
 
 
