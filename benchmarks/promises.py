@@ -72,8 +72,8 @@ class Promise(NamedTuple):
         return "met" if self.met else "**MISSED**"
 
     def __str__(self) -> str:
-        side, verdict = "at least" if self.at_least else "at most", "met" if self.met else "MISSED"
-        return f"{self.case}: {self.got:.2f} {self.what} ({side} {self.bound:g}): {verdict}"
+        side = "at least" if self.at_least else "at most"
+        return f"{self.case}: {self.got:.2f} {self.what} ({side} {self.bound:g}): {self.verdict.strip('*')}"
 
 
 def judge(rows: Sequence[Row], device_class: str) -> list[Promise]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from fastpref.tables import markdown_table, print_table
@@ -10,6 +11,8 @@ from fastpref.tables import markdown_table, print_table
 from .occupancy import ARCHS
 
 REGENERATE = "python -m fastpref.benchmarks.compile.report --markdown benchmarks/compile/COMPILED.md"
+HEAD = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
+PAGE_MARK = HEAD.partition("{")[0]  # how every such page begins
 
 
 class Row(NamedTuple):
@@ -38,29 +41,6 @@ class Row(NamedTuple):
 
 
 _COLUMNS = "kernel", "dtype", "threads", "registers", "stack / spills", "shared", "loads", "stores", "matrix", "async"
-_MARKDOWN_HEAD = """\
-# What the kernels compile to
-
-Triton {triton}; written by `{command}`
-and compared by `tests/test_compile.py`. No GPU took part: these are properties of the machine code, not measurements.
-
-Every Triton kernel of the package is here, and none multiplies matrices. The products of the linear path are cuBLAS's
-(on AMD hipBLASLt's or rocBLAS's), called through torch; their machine code is not in these tables. `matrix` (wgmma and
-other tensor-core instructions, tensor memory) and `async` (cp.async, TMA) say what stands in *these* kernels: "none" is
-what to expect of element-wise work that loads straight into registers.
-
-- `threads`: of a block. `registers`: of a thread (AMD: vector + scalar). `stack / spills`: bytes and registers.
-  `shared`: bytes a block, without what the system keeps for itself.
-- `loads`, `stores`: from and to global memory, as instructions × bytes that a thread moves at once: `12×16 3×4` is
-  twelve of 16 bytes and three of 4. Where 16 divides the sizes, the narrow ones are single values (a label, a maximum).
-- `blocks`, `warps`: resident on one multiprocessor at most (AMD: groups and wavefronts on a compute unit), by the
-  documented limits in `occupancy.py`. `limit`: what keeps it from holding more; `threads` is a full one.
-
-Guarded with every version of Triton: no stack and no spills; shared memory within a block's limit; resident warps, at
-least {warps};
-and where 16 divides a case's sizes, no load or store of a tile narrower than 16 bytes.
-"""
-PAGE_MARK = _MARKDOWN_HEAD.partition("{")[0]  # how every such page begins
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -79,10 +59,10 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def format_markdown(rows: Sequence[Row], triton_version: str) -> str:
-    """The page: a table an architecture, its rows in the order of the report."""
+    """The page, which begins with page.md: a table an architecture, its rows in the order of the report."""
     names = [name for name in ARCHS if any(row.arch == name for row in rows)]
     warps = ", ".join(f"{ARCHS[name].min_warps} ({name})" for name in names)
-    parts = [_MARKDOWN_HEAD.format(triton=triton_version, command=REGENERATE, warps=warps)]
+    parts = [HEAD.format(triton=triton_version, command=REGENERATE, warps=warps)]
     for name in names:
         arch = ARCHS[name]
         header = [*_COLUMNS, f"blocks of {arch.blocks}", f"warps of {arch.warps}", "limit"]

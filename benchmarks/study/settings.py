@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -99,50 +101,16 @@ class Size:
         return -(-self.train // settings.batch_size) * settings.epochs
 
 
-SMALL = Size("small")
-# GPT-2's own shape (Radford et al. 2019): 12 layers of width 768, 12 heads, 50,257 tokens, 1,024 positions.
-GPT2 = Size(
-    "124m",
-    width=768,
-    layers=12,
-    heads=12,
-    vocabulary=50257,
-    positions=1024,
-    base_learning_rate=6e-4,
-    judge_width=384,
-    judge_layers=6,
-    judge_heads=6,
-    learning_rate=2e-5,
-    precision="bf16",
-)
-# For tests and a first look at the path; its models are too raw for its numbers to mean anything.
-TINY = Size(
-    "tiny",
-    train=24,
-    heldout=6,
-    tuning_prompts=4,
-    seeds=(0, 1),
-    width=32,
-    layers=1,
-    heads=2,
-    vocabulary=600,
-    base_texts=40,
-    base_epochs=1,
-    judge_width=32,
-    judge_layers=1,
-    judge_heads=2,
-    judge_texts=40,
-    judge_epochs=1,
-    batch_size=8,
-    beta_values=(0.3,),
-    learning_rate_factors=(3.0,),
-    epochs_values=(),
-    lam_values=(5.0,),
-    alpha_values=(0.1,),
-    max_new_tokens=8,
-    evaluations=2,
-)
-SIZES = {size.name: size for size in (SMALL, GPT2, TINY)}
+def _sizes() -> Iterator[Size]:
+    for row in json.loads(files(__package__).joinpath("texts", "sizes.json").read_text(encoding="utf-8")):
+        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
+        yield Size(**fields)
+
+
+# "124m" is GPT-2's own shape (Radford et al. 2019): 12 layers of width 768, 12 heads, 50,257 tokens, 1,024 positions.
+# "tiny" is for tests and a first look at the path; its models are too raw for its numbers to mean anything.
+SIZES = {size.name: size for size in _sizes()}
+SMALL, GPT2, TINY = SIZES.values()
 
 
 @dataclass(frozen=True)
