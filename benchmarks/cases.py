@@ -40,6 +40,16 @@ class Scored:
         return self.batch * self.scored_per_sequence
 
 
+class ScoredPairs(Scored):
+    """`pairs` pairs of sequences."""
+
+    pairs: int
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]  # nobody writes it
+        return 2 * self.pairs
+
+
 @dataclass(frozen=True)
 class LogpsCase(Scored):
     """Logits (batch, length, vocab) with `share` of their rows scored, the last ones of each sequence."""
@@ -86,7 +96,7 @@ class LossCase:
 
 
 @dataclass(frozen=True)
-class LinearCase(Scored):
+class LinearCase(ScoredPairs):
     """Hidden states (2·pairs, length, hidden) under a head (vocab, hidden), the last rows of each sequence scored."""
 
     name: str
@@ -103,10 +113,6 @@ class LinearCase(Scored):
     # torch.compile, where a provider uses it, takes many seconds a shape.
     compiled: bool = True
     series: str | None = None
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]  # nobody writes it
-        return 2 * self.pairs
 
     @property
     def unit_operations(self) -> int:

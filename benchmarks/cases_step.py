@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import VOCABS, Scored, cases_of
+from .cases import VOCABS, ScoredPairs, cases_of
 
 # Beyond every length that is tried: rotary embeddings take no memory for it.
 POSITIONS = 2**22
@@ -67,7 +67,7 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class StepCase(Scored):
+class StepCase(ScoredPairs):
     """One step on `pairs` pairs of `length` tokens, the last ones of each sequence scored."""
 
     name: str
@@ -99,10 +99,6 @@ class StepCase(Scored):
     @property
     def layers(self) -> int:
         return self.shape.layers
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]  # nobody writes it
-        return 2 * self.pairs
 
     @property
     def tokens(self) -> int:

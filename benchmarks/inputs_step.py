@@ -31,10 +31,14 @@ def build_model(case: StepCase, device: str) -> Any:
     if case.frozen:
         model.get_output_embeddings().weight.requires_grad_(False)
     if case.checkpointing:
-        # The older name, where the newer one is not there yet; where it is, the older one warns.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
     return model.train()
+
+
+def checkpoint_layers(model: Any) -> None:
+    # The older name, where the newer one is not there yet; where it is, the older one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def make_step_batch(case: StepCase, device: str, seed: int) -> list[Tensor]:

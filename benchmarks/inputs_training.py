@@ -23,7 +23,7 @@ def write_inputs(case: TrainingCase, folder: Path, data: Path) -> None:
 
     An initial/ that is there already stays: pairs of another length go with the same one.
     """
-    rows, tokenizer = _real(case, data) if case.length is None else (_made_rows(case), _word_tokenizer())
+    rows, tokenizer = _real(case, data) if case.length is None else (_made_rows(case), word_tokenizer())
     if not (folder / "initial").exists():
         _write_initial(case, folder / "initial", tokenizer)
     (folder / "steps.json").write_text(json.dumps(_steps(case, rows, tokenizer)))
@@ -80,7 +80,7 @@ def _made_rows(case: TrainingCase) -> list[dict[str, Any]]:
     return rows
 
 
-def _word_tokenizer() -> Any:
+def word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

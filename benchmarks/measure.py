@@ -7,6 +7,7 @@ worker.py measures it in a process of its own.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -105,11 +106,17 @@ def copy_bandwidth(device: str, size: int) -> float:
     return 2 * size / median(timer.seconds()) / 1e9
 
 
+def release() -> None:
+    """Give back what nobody holds any more (a trainer and its model hold each other): other processes want it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def head_of(device: str, device_class: str, copied: int) -> results.File:
     """The head of a results file, with the bandwidth of a copy of so many bytes."""
     copy = copy_bandwidth(device, copied)
-    if is_gpu(device):
-        torch.cuda.empty_cache()  # other processes want it
+    release()
     return results.environment(device, device_class, copy)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,15 +15,7 @@ import torch
 from . import results
 from .arguments import check_names
 from .cases import DEVICE_CLASSES
-from .measure import (
-    Timer,
-    cpu_times,
-    head_of,
-    is_gpu,
-    peak_on_gpu,
-    spread,
-    stolen_share,
-)
+from .measure import Timer, cpu_times, head_of, is_gpu, peak_on_gpu, release, spread, stolen_share
 from .process import Ended, Process
 from .providers.base import Provider
 from .suites import SUITES
@@ -96,9 +87,7 @@ class Run(results.Store):
         self._inputs = (None, None)
         for suite in SUITES.values():
             suite.forget()
-        gc.collect()
-        if is_gpu(self.device):
-            torch.cuda.empty_cache()
+        release()
 
     def close(self) -> None:
         self.forget_inputs()

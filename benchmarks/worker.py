@@ -225,14 +225,12 @@ class Worker:
 
     def forget(self) -> None:
         """What a call that failed has left."""
-        import torch
+        from fastpref.benchmarks.measure import release
 
         self.held = ("", None)
         if self.stepper is not None:
             self.stepper.forget_gradients()
-        gc.collect()
-        if self.gpu:
-            torch.cuda.empty_cache()
+        release()
 
 
 def start_of_peak() -> int:

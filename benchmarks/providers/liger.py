@@ -8,21 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..cases import LinearCase
 from .base import BETA, Provider
-from .ours import dpo_of_logps
-from .torch_own import sequence_sums
+from .torch_own import dpo_of_rows, logps_without_copy
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> (B,)
     """The gradient takes the place of the logits in the forward: no caller of it has them back."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
-    losses = liger_cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return -losses.view(labels.shape).float().sum(-1)
+    return logps_without_copy(liger_cross_entropy, logits, labels)
 
 
 @cache
@@ -42,18 +38,16 @@ def _fused_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor
 def _scaled(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    scored = labels[:, 1:] != -100
-    losses = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden[:, :-1][scored], weight, labels[:, 1:][scored])
-    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+    return dpo_of_rows(LigerFusedLinearScaledCrossEntropyFunction.apply, hidden, weight, labels, ref_logps)
 
 
 def _fused_ce(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
     from liger_kernel.functional import fused_linear_cross_entropy
 
-    scored = labels[:, 1:] != -100
-    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
-    losses = fused_linear_cross_entropy(rows, weight, targets, reduction="none")[0]
-    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+    def losses(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return fused_linear_cross_entropy(rows, head, targets, reduction="none")[0]
+
+    return dpo_of_rows(losses, hidden, weight, labels, ref_logps)
 
 
 class _Scaled(Provider):

@@ -57,26 +57,29 @@ def _loss(loss: str, *pairs: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     # One graph a shape, as the benchmark's fixed shapes allow and as is fastest.
     return torch.compile(function, dynamic=False)
 
 
 def _logps_compiled(logits: Tensor, labels: Tensor) -> Tensor:
-    return _compiled(plain_logps)(logits, labels)
+    return compiled(plain_logps)(logits, labels)
+
+
+def plain_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    return _dpo(*plain_logps(logits, labels).chunk(2), *ref_logps.chunk(2))
 
 
 def _linear_plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-    logps = plain_logps(functional.linear(hidden, weight), labels)
-    return _dpo(*logps.chunk(2), *ref_logps.chunk(2))
+    return plain_loss(functional.linear(hidden, weight), labels, ref_logps)
 
 
 def _linear_compiled(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
-    return _compiled(_linear_plain_loss)(hidden, weight, labels, ref_logps)
+    return compiled(_linear_plain_loss)(hidden, weight, labels, ref_logps)
 
 
 def _loss_compiled(loss: str, *pairs: Tensor) -> Tensor:
-    return _compiled(_LOSSES[loss])(*pairs)
+    return compiled(_LOSSES[loss])(*pairs)
 
 
 LOGPS = (

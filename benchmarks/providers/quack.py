@@ -6,30 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..cases import LinearCase
 from .base import Provider
 from .ours import dpo_of_logps
-from .torch_own import sequence_sums
+from .torch_own import dpo_of_rows, logps_without_copy
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> (B,)
     from quack import cross_entropy
 
-    targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
-    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return -losses.view(labels.shape).sum(-1)
+    return logps_without_copy(cross_entropy, logits, labels)
 
 
 def _linear(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:
     """What its module LinearCrossEntropy does for one loss a token; the gradient takes the place of the logits."""
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
-    scored = labels[:, 1:] != -100
-    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
-    losses = linear_cross_entropy_func(rows, weight, None, targets, reduction="none", inplace_backward=True)
-    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
+    def losses(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy_func(rows, head, None, targets, reduction="none", inplace_backward=True)
+
+    return dpo_of_rows(losses, hidden, weight, labels, ref_logps)
 
 
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, case: LinearCase) -> Tensor:

@@ -7,19 +7,19 @@ labels (B, T) and ref_logps (B,). It may change the model as its project would; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import fastpref
-from fastpref.losses import preference_loss
 
 from ..cases_step import StepCase
 from .base import BETA, Provider
 from .liger import fused_dpo_loss
-from .plain import plain_logps
+from .ours import dpo_of_logps
+from .plain import compiled, plain_loss
 
 StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,59 +29,37 @@ def _inputs(input_ids: Tensor) -> dict[str, Any]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
 
 
-def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:  # (B,) both, [chosen; rejected]
-    return preference_loss(*logps.chunk(2), *ref_logps.chunk(2), loss="sigmoid", beta=BETA).loss
+def _stateless(loss: Callable[..., Tensor]) -> Callable[[Any, StepCase], StepLoss]:
+    """The provider whose loss of (model, input_ids, labels, ref_logps) needs nothing set up."""
+    return lambda model, case: partial(loss, model)
 
 
-def _fastpref(model: Any, case: StepCase) -> StepLoss:
-    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        logps = fastpref.model_logps(model, {**_inputs(input_ids), "labels": labels})
-        return _dpo(cast(Tensor, logps), ref_logps)
-
-    return loss
+def _fastpref(model: Any, input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    return dpo_of_logps(cast(Tensor, fastpref.model_logps(model, {**_inputs(input_ids), "labels": labels})), ref_logps)
 
 
-def _fastpref_hidden(model: Any, case: StepCase) -> StepLoss:
-    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        hidden = model.model(**_inputs(input_ids)).last_hidden_state
-        weight = model.get_output_embeddings().weight
-        return fastpref.linear_preference_loss(hidden, weight, labels, ref_logps, loss="sigmoid", beta=BETA).loss
-
-    return loss
+def _fastpref_hidden(model: Any, input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    hidden = model.model(**_inputs(input_ids)).last_hidden_state
+    weight = model.get_output_embeddings().weight
+    return fastpref.linear_preference_loss(hidden, weight, labels, ref_logps, loss="sigmoid", beta=BETA).loss
 
 
-def _fastpref_logits(model: Any, case: StepCase) -> StepLoss:
+def _fastpref_logits(model: Any, input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
     """The logits take their gradient in place: nobody else reads them."""
-
-    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        logps = fastpref.sequence_logps(model(**_inputs(input_ids)).logits, labels, inplace_backward=True)
-        return _dpo(cast(Tensor, logps), ref_logps)
-
-    return loss
+    logps = fastpref.sequence_logps(model(**_inputs(input_ids)).logits, labels, inplace_backward=True)
+    return dpo_of_logps(cast(Tensor, logps), ref_logps)
 
 
-def _plain(model: Any, case: StepCase) -> StepLoss:
-    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        return _plain_loss(model(**_inputs(input_ids)).logits, labels, ref_logps)
-
-    return loss
+def _plain(model: Any, input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    return plain_loss(model(**_inputs(input_ids)).logits, labels, ref_logps)
 
 
-def _plain_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-    chosen, rejected = (plain_logps(logits, labels) - ref_logps).chunk(2)
-    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+def _compiled(model: Any, input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
+    return compiled(plain_loss)(model(**_inputs(input_ids)).logits, labels, ref_logps)
 
 
-@cache
-def _compiled_loss() -> Any:
-    return torch.compile(_plain_loss, dynamic=False)
-
-
-def _compiled(model: Any, case: StepCase) -> StepLoss:
-    def loss(input_ids: Tensor, labels: Tensor, ref_logps: Tensor) -> Tensor:
-        return _compiled_loss()(model(**_inputs(input_ids)).logits, labels, ref_logps)
-
-    return loss
+def _when_compiled(case: StepCase) -> str | None:
+    return None if case.compiled else "not compiled in this case, where it would take most of the time"
 
 
 def _liger_layers(model: Any) -> None:
@@ -106,15 +84,7 @@ def _liger(model: Any, case: StepCase) -> StepLoss:
     return loss
 
 
-def _trl(model: Any, case: StepCase) -> StepLoss:
-    return _trl_trainer_loss(model, liger=False)
-
-
-def _trl_liger(model: Any, case: StepCase) -> StepLoss:
-    return _trl_trainer_loss(model, liger=True)
-
-
-def _trl_trainer_loss(model: Any, *, liger: bool) -> StepLoss:
+def _trl(model: Any, case: StepCase, *, liger: bool = False) -> StepLoss:
     from .trl_trainer import build_trainer
 
     trainer = build_trainer(model, liger=liger)
@@ -155,24 +125,17 @@ _BASE = {"transformers": "transformers"}
 _LIGER = {**_BASE, "liger_kernel": "liger-kernel"}
 _TRL = {**_BASE, "trl": "trl", "datasets": "datasets"}
 
+_ours = partial(Provider, family="fastpref", modules=_BASE)
+_plains = partial(Provider, family="plain", modules=_BASE)
+
 STEP = (
     Provider("transformer", _transformer, "limit", modules=_BASE),
-    Provider("fastpref", _fastpref, "fastpref", modules=_BASE),
-    Provider("fastpref_hidden", _fastpref_hidden, "fastpref", modules=_BASE),
-    Provider("fastpref_logits", _fastpref_logits, "fastpref", modules=_BASE),
-    Provider("plain", _plain, "plain", slow=True, modules=_BASE),
-    Provider(
-        "compiled",
-        _compiled,
-        "plain",
-        rival=True,
-        compiles=True,
-        serves=lambda case: (
-            None if case.compiled else "not compiled in this case, where it would take most of the time"
-        ),
-        modules=_BASE,
-    ),
+    _ours("fastpref", _stateless(_fastpref)),
+    _ours("fastpref_hidden", _stateless(_fastpref_hidden)),
+    _ours("fastpref_logits", _stateless(_fastpref_logits)),
+    _plains("plain", _stateless(_plain), slow=True),
+    _plains("compiled", _stateless(_compiled), rival=True, compiles=True, serves=_when_compiled),
     Provider("trl", _trl, "trl", rival=True, slow=True, modules=_TRL),
-    Provider("trl_liger", _trl_liger, "trl", rival=True, gpu_only=True, modules={**_TRL, **_LIGER}),
+    Provider("trl_liger", partial(_trl, liger=True), "trl", rival=True, gpu_only=True, modules={**_TRL, **_LIGER}),
     Provider("liger", _liger, "liger", rival=True, slow=True, compiles=True, modules=_LIGER),
 )

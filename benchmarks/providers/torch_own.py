@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -losses.view(labels.shape[0], -1).float().sum(-1)
 
 
-def _cross_entropy_nocopy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same at its best: the labels are shifted in place of the logits, and nothing is copied."""
+def logps_without_copy(cross_entropy: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    """By a cross-entropy at its best: the labels are shifted in place of the logits, and nothing is copied."""
     targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return -losses.view(labels.shape).float().sum(-1)
 
 
@@ -53,15 +54,22 @@ def _linear_cross_entropy_tuned(
 
 
 def _with_options(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, options: Any) -> Tensor:
+    losses = partial(functional.linear_cross_entropy, reduction="none", options=options)
+    return dpo_of_rows(losses, hidden, weight, labels, ref_logps)
+
+
+def dpo_of_rows(
+    losses_of: Callable[[Tensor, Tensor, Tensor], Tensor],  # rows (N, H), weight (V, H), targets (N,) -> (N,)
+    hidden: Tensor,  # (B, T, H)
+    weight: Tensor,
+    labels: Tensor,  # (B, T)
+    ref_logps: Tensor,  # (B,)
+) -> Tensor:
+    """The DPO loss by a linear cross-entropy of the scored rows, whose values are summed in float32."""
     scored = labels[:, 1:] != -100
-    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
-    losses = functional.linear_cross_entropy(rows, weight, targets, reduction="none", options=options)
-    return dpo_of_logps(-sequence_sums(losses, scored), ref_logps)
-
-
-def sequence_sums(tokens: Tensor, scored: Tensor) -> Tensor:  # (N,) and (B, T - 1) -> (B,)
-    """Of the scored rows' values, in float32."""
-    return tokens.new_zeros(scored.shape).masked_scatter(scored, tokens).float().sum(-1)
+    losses = losses_of(hidden[:, :-1][scored], weight, labels[:, 1:][scored])
+    sums = losses.new_zeros(scored.shape).masked_scatter(scored, losses).float().sum(-1)
+    return dpo_of_logps(-sums, ref_logps)
 
 
 def _needs_linear_cross_entropy(case: Any) -> str | None:
@@ -74,7 +82,10 @@ def _needs_linear_cross_entropy(case: Any) -> str | None:
 _torch = partial(Provider, family="torch", rival=True)
 _chunked = partial(_torch, slow=True, serves=_needs_linear_cross_entropy)
 
-LOGPS = (_torch("cross_entropy", _cross_entropy), _torch("cross_entropy_nocopy", _cross_entropy_nocopy))
+LOGPS = (
+    _torch("cross_entropy", _cross_entropy),
+    _torch("cross_entropy_nocopy", partial(logps_without_copy, functional.cross_entropy)),
+)
 LINEAR = (
     _chunked("linear_cross_entropy_tuned", _linear_cross_entropy_tuned),
     _chunked("linear_cross_entropy", _linear_cross_entropy),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs_step import checkpoint_layers
 from ..inputs_training import RESPONSES, SEED, Inputs
 from .base import BETA, Provider
 from .plain import plain_logps
@@ -71,8 +72,7 @@ def _plain(inputs: Inputs, *, cached: bool = False) -> list[float]:
     model = model.to(device).train()
     reference = None if cached else copy.deepcopy(model).eval().requires_grad_(False)
     if case.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
 
     def logps(network: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         input_ids, mask, labels = batch

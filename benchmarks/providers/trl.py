@@ -8,7 +8,7 @@ from torch.nn import functional
 from ..cases import LinearCase
 from .base import Provider
 from .ours import dpo_of_logps
-from .torch_own import sequence_sums
+from .torch_own import dpo_of_rows
 
 
 def _selective(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> (B,)
@@ -32,11 +32,11 @@ def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, 
     """Scored rows alone, as TRL does where it has Triton; elsewhere TRL takes all rows, which is slower."""
     from trl.kernels import ChunkedLogProbFunction
 
-    scored = labels[:, 1:] != -100
-    rows, targets = hidden[:, :-1][scored], labels[:, 1:][scored]
-    temperature, softcap, scale, outputs = 1.0, None, 1.0, ("log_probs",)
-    tokens = ChunkedLogProbFunction.apply(rows, weight, None, targets, temperature, CHUNK, softcap, scale, outputs)[0]
-    return dpo_of_logps(sequence_sums(tokens, scored), ref_logps)
+    def losses(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        temperature, softcap, scale, outputs = 1.0, None, 1.0, ("log_probs",)
+        return -ChunkedLogProbFunction.apply(rows, head, None, targets, temperature, CHUNK, softcap, scale, outputs)[0]
+
+    return dpo_of_rows(losses, hidden, weight, labels, ref_logps)
 
 
 _TRL = {"trl": "trl"}

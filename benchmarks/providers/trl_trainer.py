@@ -1,6 +1,6 @@
 """TRL's DPOTrainer around a model that is there already, without a download: what `trl` is in the step suite.
 
-TRL wants a tokenizer and a dataset. It gets ten words and one pair; the benchmark's batches go to `compute_loss`.
+TRL wants a tokenizer and a dataset. It gets a few words and one pair; the benchmark's batches go to `compute_loss`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 from unittest import mock
 
+from ..inputs_training import word_tokenizer
 from .base import BETA
 
 
@@ -40,20 +41,10 @@ def build_trainer(model: Any, *, liger: bool) -> Any:
                 report_to="none",
                 disable_tqdm=True,
             )
-            pair = datasets.Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}])
-            trainer: Any = DPOTrainer(model=model, args=config, train_dataset=pair, processing_class=_tokenizer())
+            pair = datasets.Dataset.from_list([{"prompt": "w1", "chosen": " w2", "rejected": " w3"}])
+            trainer: Any = DPOTrainer(model=model, args=config, train_dataset=pair, processing_class=word_tokenizer())
     finally:
         if bars:
             datasets.enable_progress_bars()
     trainer.benchmark_folder = folder  # removed with the trainer
     return trainer
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>", "one", "two", "three"]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

@@ -19,7 +19,6 @@ is what the head's products and the loss take of a step.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ..cases_step import StepCase, step_cases
 from ..inputs_step import StepTruth, build_model, make_step_batch, trainable
+from ..measure import release
 from ..providers.base import Provider
 from .base import Inputs, Output, Suite, beside
 
@@ -128,7 +128,7 @@ class StepSuite(Suite):
             case = replace(case, length=CHECKED_LENGTH, pairs=1)
             batch = make_step_batch(case, device, 0)
         found = StepTruth.of(case, batch, device)
-        _collect()
+        release()
         return Inputs(sets, found)
 
     def prepare(self, case: StepCase, provider: str, mode: str, inputs: Inputs, device: str) -> None:
@@ -177,10 +177,4 @@ class StepSuite(Suite):
         if self._stepper is not None:
             self._stepper.close()
             self._stepper = None
-            _collect()
-
-
-def _collect() -> None:
-    gc.collect()  # a trainer and its model hold each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            release()
