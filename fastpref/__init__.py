@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from fastpref import logps as logps
     from fastpref import losses as losses
     from fastpref import models as models
+    from fastpref import ops as ops
+    from fastpref import parallel as parallel
     from fastpref import reference
+    from fastpref import training as training
     from fastpref.extras import TokenExtras
     from fastpref.linear import (
         LinearPreferenceOutput,
@@ -52,7 +55,7 @@ __all__ = [
     "train",
 ]
 
-_MODULES = ("linear", "logps", "losses", "models", "reference")
+_MODULES = ("linear", "logps", "losses", "models", "ops", "parallel", "reference", "training")
 _HOMES = {
     "extras": ("TokenExtras",),
     "linear": ("LinearPreferenceOutput", "linear_preference_loss", "linear_sequence_logps", "linear_token_logps"),

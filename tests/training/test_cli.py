@@ -151,6 +151,13 @@ def test_import_fastpref_loads_nothing_of_the_train_extra() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_modules_of_the_package_are_its_attributes() -> None:
+    names = ("linear", "logps", "losses", "models", "ops", "parallel", "reference", "training")
+    code = f"import fastpref; assert all(getattr(fastpref, name).__name__ == 'fastpref.' + name for name in {names})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_without_the_extra_the_error_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; sys.modules['accelerate'] = None; from fastpref.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
