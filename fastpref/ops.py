@@ -207,7 +207,7 @@ def _extras_autograd(ctx: Any, grad: Tensor, grad_entropy: Tensor, *_: Tensor | 
     return (grad_of_logits(ctx, grad, saved, *entropies), *[None] * 8)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
+def no_double_backward(ctx: Any, *grads: Tensor) -> Any:
     raise RuntimeError(
         "fastpref's log-probs have no second derivative; use fastpref.reference.token_logps where one is needed"
     )
@@ -215,7 +215,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
 
 token_logps_op.register_autograd(_token_logps_autograd, setup_context=_save_for_token_logps)
 token_extras_op.register_autograd(_extras_autograd, setup_context=_save_for_extras)
-token_logps_backward_op.register_autograd(_no_double_backward)
+token_logps_backward_op.register_autograd(no_double_backward)
 
 
 @torch.library.custom_op("fastpref::sequence_reduce", mutates_args=())

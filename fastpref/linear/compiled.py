@@ -20,6 +20,7 @@ from fastpref.linear.products import precision
 from fastpref.linear.statistics import Finished
 from fastpref.linear.sweeps import fold_sweep
 from fastpref.linear.tokens import Request, gradients, head_of, problem_of, rows_of
+from fastpref.ops import no_double_backward
 from fastpref.tiled import Transform
 
 # They look at how many rows are scored, which a CUDA graph cannot record.
@@ -133,11 +134,5 @@ def _backward(ctx: Any, grad: Tensor, grad_extras: Tensor | None, _: Tensor | No
     return (*(x if wish else None for wish, x in zip(want, found, strict=True)), *[None] * 9)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
-    raise RuntimeError(
-        "fastpref's log-probs have no second derivative; use fastpref.reference.token_logps where one is needed"
-    )
-
-
 linear_token_logps_op.register_autograd(_backward, setup_context=_save)
-linear_token_logps_backward_op.register_autograd(_no_double_backward)
+linear_token_logps_backward_op.register_autograd(no_double_backward)

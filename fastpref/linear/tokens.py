@@ -16,6 +16,7 @@ from fastpref.linear.products import precision
 from fastpref.linear.rows import PIECE, Rows, find_rows
 from fastpref.linear.statistics import Finished
 from fastpref.linear.sweeps import fold_sweep, gradient_sweep
+from fastpref.ops import no_double_backward
 from fastpref.parallel.groups import sum_over
 from fastpref.parallel.vocab import VocabShards
 from fastpref.tiled import Transform, zeros_untouched
@@ -87,11 +88,7 @@ class Once(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "fastpref's log-probs have no second derivative; use fastpref.reference.token_logps where one is needed"
-        )
+    backward = staticmethod(no_double_backward)
 
     @staticmethod
     def mark(found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

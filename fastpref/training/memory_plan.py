@@ -68,10 +68,10 @@ def plan_memory(run: Run) -> MemoryPlan:
     positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
     parameters = list({id(p): p for p in run.model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
-    buffers = sum(_bytes(buffer) for buffer in run.model.buffers())
+    buffers = sum(buffer.nbytes for buffer in run.model.buffers())
     bf16 = autocasts(config, device)
     shards = run.accelerator.num_processes if is_sharded(run.accelerator) else 1
-    gradients = sum(map(_bytes, trained))
+    gradients = sum(p.nbytes for p in trained)
 
     weight: Tensor = run.model.get_output_embeddings().weight
     head, plan = _head(run, batch)
@@ -85,7 +85,7 @@ def plan_memory(run: Run) -> MemoryPlan:
     return MemoryPlan(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in parameters) - sum(p.numel() for p in trained),
-        parameters=sum(map(_bytes, parameters)) // shards + buffers,
+        parameters=sum(p.nbytes for p in parameters) // shards + buffers,
         gradients=gradients // shards,
         optimizer=2 * gradients // shards,
         kept=kept,
@@ -93,10 +93,10 @@ def plan_memory(run: Run) -> MemoryPlan:
         kept_checkpointed=None if kept is None else layers * last + one_layer + (gradients // 2 if bf16 else 0),
         layer_backward=one_layer // 2,
         head=head,
-        head_gradient=_bytes(weight) if weight.requires_grad else 0,
+        head_gradient=weight.nbytes if weight.requires_grad else 0,
         head_plan=plan,
         logits=positions * weight.shape[0] * _operand(run, weight).itemsize,
-        update=0 if device.type == "cuda" else 2 * max(map(_bytes, trained)),
+        update=0 if device.type == "cuda" else 2 * max(p.nbytes for p in trained),
         micro_batch=(len(batch.rows), positions, scored),
         accumulates=most > 1,
         checkpointing=config.gradient_checkpointing,
@@ -198,14 +198,10 @@ def _kept_by_backbone(model: Any, shape: tuple[int, ...], device: torch.device, 
         with torch.enable_grad(), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             hidden = backbone(input_ids=ids, use_cache=False)[0]
         total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        return total, _bytes(hidden)
+        return total, hidden.nbytes
 
 
 def _scored(batch: Batch) -> int:
     if batch.labels is not None:
         return int((batch.labels[:, 1:] != IGNORE).sum())
     return len(batch.scored.labels) if batch.scored is not None else 0
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

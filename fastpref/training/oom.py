@@ -65,8 +65,8 @@ def _batch(run: Run, pairs: Sequence[Pair]) -> str:
 def _model(run: Run) -> str:
     config: Any = run.model.config.get_text_config()
     hidden, vocab, layers = (getattr(config, name, "?") for name in ("hidden_size", "vocab_size", "num_hidden_layers"))
-    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in run.model.parameters())
+    gradients = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     sizes = [
         f"weights {size_text(weights)}",
         f"gradients {size_text(gradients)}",

@@ -88,7 +88,7 @@ def model_digest(model: Any, weights: Iterable[tuple[str, Tensor]], *, bar: Open
         weights: its weights and buffers by name, whole ones where the model is sharded.
         bar: shows how far it is, where that takes seconds.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     digests: dict[str, str] = {}
     with (
         bar("hash of the reference's weights (MiB)", size >> 20) if bar and size >= BAR_FROM else nullcontext() as shown
