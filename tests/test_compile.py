@@ -231,6 +231,7 @@ assert found == [], found
 """
 
 
+@pytest.mark.slow
 def test_a_users_first_call_imports_the_kernels_and_nothing_of_the_compile_report() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTPREF_BACKEND": "triton"}
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
