@@ -36,7 +36,7 @@ def kernels_run() -> None:
         pytest.skip(problem)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test that takes it runs on the torch path and on the kernels (interpreted where there is no GPU)."""
     if request.param == "triton":

@@ -224,6 +224,7 @@ def test_every_plan_has_the_entropys_gradient_in_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@slow_interpreted
 def test_the_entropys_gradient_is_as_accurate_as_eager(
     dtype: torch.dtype, backend: str, device: str, small_tiles: Any
 ) -> None:
@@ -242,7 +243,7 @@ def test_the_entropys_gradient_is_as_accurate_as_eager(
         truth = gradients(plain, [x.double() for x in tensors], labels, torch.float64)
         return list(zip(mine, eager, truth, strict=True))
 
-    no_worse_than_eager(draw, draws=4)
+    no_worse_than_eager(draw, draws=4 if backend == "torch" else 2)
 
 
 @pytest.mark.parametrize("used", ["entropy", "log-probs"])

@@ -133,7 +133,7 @@ def test_folding_tile_by_tile_is_logsumexp_over_every_other_column(width, name, 
         found = running.target, running.maximum + running.total.log()
         return list(zip(found, plain(torch.float32), plain(torch.float64), strict=True))
 
-    no_worse_than_eager(draw, draws=4)
+    no_worse_than_eager(draw, draws=1)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -182,7 +182,7 @@ def test_kept_tiles_times_their_rescales_are_the_gradient_and_so_are_the_logits(
         truth, eager = autograd(torch.float64), autograd(torch.float32)
         return [(from_kept, eager, truth), (from_logits, eager, truth)]
 
-    no_worse_than_eager(draw, draws=4)
+    no_worse_than_eager(draw, draws=1)
 
 
 def test_a_confident_row_keeps_one_minus_p(device):
@@ -301,7 +301,7 @@ def test_gradient_from_logits_is_no_worse_than_eager(columns, name, dtype, devic
 
         return [(out, plain(torch.float32).to(dtype), plain(torch.float64))]
 
-    no_worse_than_eager(draw, draws=4)
+    no_worse_than_eager(draw, draws=4 if columns < 31 else 1)
 
 
 def test_a_row_scale_of_zero_gives_zeros(device):

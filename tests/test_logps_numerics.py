@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from acceptance import no_worse_than_eager
+from helpers import slow_interpreted
 
 import fastpref
 from fastpref import reference
@@ -28,6 +29,7 @@ def truth(logits, labels, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
+@slow_interpreted
 def test_confident_rows_keep_their_gradient(p, dtype, backend, device):
     """p − 1 is formed in float32: rounding p to bfloat16 first would make 1 − 0.999 zero."""
 
@@ -133,6 +135,7 @@ def test_what_is_not_scored_is_not_read(poison, inplace, backend, device):
     assert (gradient[0, 1] == 0).all()
 
 
+@slow_interpreted
 def test_a_long_sum_is_as_good_as_float64(backend, device):
     """2,000 tokens (fewer where a kernel is interpreted): relative error of the sum below 1e-6."""
     length = 200 if backend == "triton" and device == "cpu" else 2000
