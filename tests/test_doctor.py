@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import slow_interpreted
 
 import fastpref
 from fastpref import doctor
@@ -66,6 +67,7 @@ def test_the_report_names_versions_device_path_and_error(
     assert printed.endswith("all is well\n")
 
 
+@slow_interpreted
 def test_it_checks_the_kernels_where_they_will_run(
     backend: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
