@@ -196,9 +196,12 @@ def test_rotary_positions_that_change_with_the_longest_sequence_are_served_up_to
     chosen, rejected = make_pairs()
     why = why_not_packed(model, max_length=19)
     assert (why is not None and "longer than 18 tokens (rope_type=longrope), and max_length=19" in why) is beyond
-    set_attention(model)
-    want = own_rows(model, [*chosen, *rejected])
-    assert torch.allclose(packed(model, chosen, rejected), want, rtol=1e-6, atol=0) is not beyond
+    if beyond:
+        set_attention(model)
+        want = own_rows(model, [*chosen, *rejected])
+        assert not torch.allclose(packed(model, chosen, rejected), want, rtol=1e-4, atol=0)
+    else:
+        check_values(model)
 
 
 def test_the_trial_finds_what_no_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
