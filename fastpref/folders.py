@@ -139,7 +139,12 @@ def claimed(base: Path, command: str) -> list[Path]:
     """The folders of `base`'s series that hold a run of the command."""
     name = re.compile(re.escape(base.name) + r"(-\d+)?")
     found = [path.parent for path in base.parent.glob(f"*/{MARKER}") if name.fullmatch(path.parent.name)]
-    return [folder for folder in found if _read(folder, damaged={}).get("command") == command]
+    return [folder for folder in found if belongs_to(folder, command)]
+
+
+def belongs_to(folder: Path, command: str) -> bool:
+    """Whether the folder's marker is of a run of the command."""
+    return _read(folder, damaged={}).get("command") == command
 
 
 def check_file(path: Path, *, mark: str, option: str) -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("rich", reason='needs pip install "fastpref[bench]"')
 from fastpref.benchmarks import longest, sweep, training
 from fastpref.benchmarks.report.__main__ import main as report
 from fastpref.cli import main
+from fastpref.folders import Owner, claim
 
 FILES = (
     "README.md", "REPORT.md", "config.json", "metrics.jsonl", "results.json", "train.jsonl", "model/model.safetensors",
@@ -94,3 +95,13 @@ def test_a_folder_without_results_gets_no_report(tmp_path: Path, capsys: pytest.
     assert report(["--results", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_another_command_is_refused_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with claim(Path("results"), Owner("fastpref study")):
+        Path("results", "README.md").write_text("# The study")
+    assert main(["train", "--model=model", "--dataset=train.jsonl", "--output_dir=results"]) == 2
+    assert "fastpref study" in capsys.readouterr().err

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpref.environment import record
-from fastpref.folders import MARKER, Claim, FolderError, Owner, check, claim, claim_next, claimed, next_folder
+from fastpref.folders import (
+    MARKER,
+    Claim,
+    FolderError,
+    Owner,
+    belongs_to,
+    check,
+    claim,
+    claim_next,
+    claimed,
+    next_folder,
+)
 from fastpref.training.advice import ADVICE
 from fastpref.training.checkpoints import checkpoint_folders, named_as_checkpoints
 from fastpref.training.config import TrainConfig
@@ -74,7 +85,7 @@ def _claim(config: TrainConfig) -> tuple[Path, Claim | None]:
         inputs={f"--{name}": getattr(config, name) for name in INPUTS},
         besides=("reference-*",),  # log-probs by the key that they are valid for: nobody's are replaced
     )
-    if folder is not None and (folder / MARKER).is_file():
+    if folder is not None and (folder / MARKER).is_file() and belongs_to(folder, COMMAND):
         _check_own(folder, goes_on)
     if config.dry_run:
         folder = folder or next_folder(DEFAULT)
