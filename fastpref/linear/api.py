@@ -91,7 +91,7 @@ def linear_token_logps(
     call = agreed(
         "linear_token_logps",
         vocab_group,
-        lambda: check_call(
+        lambda: _check(
             hidden, weight, labels, bias, memory_budget, mask, shift, cu_seqlens,
             ignore_index, temperature, logit_scale, softcap, extras, entropy_grad, vocab_group,
         ),
@@ -152,7 +152,7 @@ def linear_sequence_logps(
         check_choice("reduction", reduction, ("sum", "mean"))
         check_choice("on_empty", on_empty, ("zero", "raise"))
         check_bool("return_lengths", return_lengths)
-        arguments = check_call(
+        arguments = _check(
             hidden, weight, labels, bias, memory_budget, mask, shift, cu_seqlens,
             ignore_index, temperature, logit_scale, softcap, extras, entropy_grad, vocab_group,
         )  # fmt: skip
@@ -206,7 +206,7 @@ def _viewed(found: TokenExtras, labels: Tensor) -> TokenExtras:
     return TokenExtras(*(None if x is None else x.view(labels.shape) for x in found))
 
 
-def check_call(
+def _check(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -223,7 +223,6 @@ def check_call(
     entropy_grad: bool,
     vocab_group: Any,
 ) -> Call:
-    """The arguments of a call checked, on this rank, and in one form."""
     options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
     wanted = check_extras(extras, entropy_grad)
     check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)

@@ -12,20 +12,21 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastpref.checks import check_choice
-from fastpref.inputs import check_reduction_input
-from fastpref.linear.api import check_call, linear_sequence_logps
+from fastpref.checks import check_choice, parse_budget
+from fastpref.inputs import as_batch, check_batch, check_options, check_reduction_input, refuse_forward_mode
+from fastpref.linear.api import check_head, linear_sequence_logps
 from fastpref.linear.coefficients import ChosenLoss, LossFunction, attached, check_loss, check_pairs, coefficients
 from fastpref.linear.entropy import Upstream
 from fastpref.linear.operands import Kept
 from fastpref.linear.plan import plan_preference
 from fastpref.linear.products import precision
-from fastpref.linear.shards import Call, agreed, bits_checksum, refuse_compiled, text_checksum
+from fastpref.linear.shards import Call, agreed, bits_checksum, local_part, refuse_compiled, text_checksum
 from fastpref.linear.streaming import stream
 from fastpref.linear.sweeps import fold_sweep
 from fastpref.linear.tokens import Once, Request, gradients, head_of, inputs_of, problem_of, rows_of, zero_gradient
 from fastpref.ops import sequence_reduce_op
 from fastpref.parallel.groups import checksum
+from fastpref.tiled import Transform
 
 # Gradients of float16 tensors wait for the backward as float32: a loss scale must meet them before they are rounded.
 _HALF = torch.float32
@@ -104,13 +105,16 @@ def linear_preference_loss(
         chosen_loss = check_loss(loss, beta, loss_options)
         chosen = chosen_loss.reduction if reduction is None else reduction
         reduction = check_choice("reduction", chosen, ("sum", "mean"))
-        arguments = check_call(
-            hidden, weight, labels, bias, memory_budget, mask, shift, cu_seqlens,
-            ignore_index, temperature, logit_scale, softcap, (), False, vocab_group,
-        )  # fmt: skip
+        options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
+        check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
+        part, bias_part = local_part("weight", weight, vocab_group), local_part("bias", bias, vocab_group)
+        operand = check_head(hidden, part, bias_part, part=vocab_group is not None)
+        refuse_forward_mode(part, bias_part)
         check_reduction_input("hidden states", hidden, cu_seqlens)
         check_pairs(hidden, cu_seqlens, ref_logps, chosen_loss.spec)
-        return arguments
+        request = Request(int(shift), ignore_index, Transform(*options), operand, parse_budget(memory_budget))
+        rows, row_labels, row_mask = as_batch(hidden, labels, mask, cu_seqlens, shift)
+        return Call(rows, part, bias_part, row_labels, row_mask, request)
 
     def also() -> dict[str, int]:
         named = chosen_loss.spec.name if chosen_loss.spec is not None else "a callable"
