@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastpref import memory
 from fastpref.linear import preference, tokens
 from fastpref.linear.plan import CPU, GPU, MIB, Machine, Plan, Problem, minimum_budget, plan_preference, plan_tokens
 from fastpref.linear.tokens import LinearTokenLogps, Request
@@ -181,18 +181,14 @@ def test_every_budget_gives_the_same_numbers(loss: bool, monkeypatch: pytest.Mon
 # The measured peak
 
 WORKER = """
-import ctypes, gc, json, re, sys
-from pathlib import Path
+import ctypes, gc, json, sys
 libc = ctypes.CDLL(None)
 assert libc.mallopt(-3, 65536) == 1 and libc.mallopt(-1, 65536) == 1  # freed memory goes back at once
 import torch
 torch.set_num_threads(1)
-from fastpref import linear_preference_loss, linear_sequence_logps
+from fastpref import linear_preference_loss, linear_sequence_logps, memory
 from fastpref.linear import preference
 from fastpref.linear.tokens import Request
-
-def status(field):
-    return int(re.search(rf"^{field}:\\s+(\\d+) kB$", Path("/proc/self/status").read_text(), re.M).group(1)) * 1024
 
 dtype, rows, H, V = getattr(torch, sys.argv[1]), 400, 256, 12000
 generator = torch.Generator().manual_seed(0)
@@ -217,10 +213,10 @@ peaks = []
 for kind, budget in json.loads(sys.argv[2]):
     call(kind, budget)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    assert memory.reset_peak()
+    before = memory.resident()
     gradients = call(kind, budget)
-    peak = status("VmHWM") - before
+    peak = memory.peak() - before
     peaks.append(peak - sum(g.numel() * g.element_size() for g in gradients))
     del gradients
 print(json.dumps(peaks))
@@ -228,16 +224,8 @@ print(json.dumps(peaks))
 ALLOWANCE = 4 * MIB  # what libraries may hold of their own: packed operands of a product, threads
 
 
-def clear_refs_is_writable() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not clear_refs_is_writable(), reason="/proc/self/clear_refs cannot be written: no peak to read")
+@pytest.mark.skipif(not memory.reset_peak(), reason="the system keeps no peak of resident memory that can be reset")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_measured_peak_beyond_gradients_stays_under_the_budget(dtype: str) -> None:
     """800 rows against 12,000 × 256: the logits in float32 would be 37 MiB, the accumulator of a stream is 12 MiB."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref import linear_preference_loss, linear_sequence_logps
+from fastpref import linear_preference_loss, linear_sequence_logps, memory
 from fastpref.cli import main
 from fastpref.linear import peaks, preference, tokens
 from fastpref.linear.explain import CALLERS, candidates, explain
@@ -28,8 +28,7 @@ SIZES = ["--hidden_size=1536", "--vocab_size=50257"]
 # Peak memory of the three ways beyond hidden states and gradients, in a process whose C library gives every block back
 # at once: the growth of the resident set's high-water mark over a call, after a small one has loaded the code.
 MEASURE = """
-import ctypes, gc, json, re, sys
-from pathlib import Path
+import ctypes, gc, json, sys
 
 libc = ctypes.CDLL(None)
 for parameter in (-3, -1):  # mmap and trim thresholds
@@ -39,6 +38,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 import fastpref
+from fastpref import memory
 
 torch.set_num_threads(1)
 
@@ -66,9 +66,6 @@ def chunked(hidden, weight, labels, softcap):
 def sequence_logps(hidden, weight, labels, softcap):
     return fastpref.sequence_logps(logits(hidden, weight, softcap), labels).sum()
 
-def status(field):
-    return int(re.search(rf"^{field}:\\s+(\\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
-
 def prepare(length, scored, hidden_size, vocab, dtype):
     labels = torch.full((2, length), -100)
     labels[:, -scored:] = torch.randint(vocab, (2, scored))
@@ -86,10 +83,10 @@ def peak(way, use, *sizes, softcap):
     call(way, use, prepare(300, 299, 32, 64, sizes[-1]), softcap)
     inputs = prepare(*sizes)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    assert memory.reset_peak()
+    before = memory.resident()
     gradients = call(way, use, inputs, softcap)
-    return status("VmHWM") - before - sum(x.nbytes for x in gradients)
+    return memory.peak() - before - sum(x.nbytes for x in gradients)
 
 found = []
 for way, use, *sizes, dtype, softcap in json.loads(sys.argv[1]):
@@ -124,8 +121,8 @@ FORMULAS = {"plain": peaks.plain_peak, "chunked": peaks.chunked_peak, "sequence_
 
 @pytest.fixture(scope="module")
 def measured() -> list[int]:
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peak memory is read from Linux's /proc")
+    if not memory.reset_peak():
+        pytest.skip("the system keeps no peak of resident memory that can be reset")
     command = [sys.executable, "-c", MEASURE, json.dumps(MEASURED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
