@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import tempfile
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: a second thread in each would only wait for the other's core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
