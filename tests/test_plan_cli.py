@@ -25,10 +25,12 @@ GIB = 2**30
 STEP = Step(pairs=3, length=1021, share=0.4, hidden_size=1536, vocab=50257, dtype=torch.bfloat16)
 SIZES = ["--hidden_size=1536", "--vocab_size=50257"]
 
-# Peak memory of the three ways beyond hidden states and gradients, in a process whose C library gives every block back
-# at once: the growth of the resident set's high-water mark over a call, after a small one has loaded the code.
+# Peak memory of the three ways beyond hidden states and gradients, after a small call has loaded the code: the larger of
+# two measures, each of which may be too small. The profiler's count of torch's allocations is the same in every process,
+# and knows nothing of what oneDNN copies; the growth of the resident set's high-water mark, in a process whose C library
+# gives every block back at once, has that too, but in some processes it misses a whole block (2.5 of 9.4 MB).
 MEASURE = """
-import ctypes, gc, json, sys
+import ctypes, gc, itertools, json, sys
 
 libc = ctypes.CDLL(None)
 for parameter in (-3, -1):  # mmap and trim thresholds
@@ -36,6 +38,7 @@ for parameter in (-3, -1):  # mmap and trim thresholds
         sys.exit("mallopt failed")
 import torch
 from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 import fastpref
 from fastpref import memory
@@ -86,13 +89,17 @@ def peak(way, use, *sizes, softcap):
     assert memory.reset_peak()
     before = memory.resident()
     gradients = call(way, use, inputs, softcap)
-    return memory.peak() - before - sum(x.nbytes for x in gradients)
+    grown = memory.peak() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call(way, use, inputs, softcap)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return max(grown, *held) - sum(x.nbytes for x in gradients)
 
 found = []
 for way, use, *sizes, dtype, softcap in json.loads(sys.argv[1]):
     torch.manual_seed(0)
-    # Twice: a single call was once measured far too low (7.6 MB for 10), and growth is never too large.
-    found.append(max(peak(globals()[way], use, *sizes, getattr(torch, dtype), softcap=softcap) for _ in range(2)))
+    found.append(peak(globals()[way], use, *sizes, getattr(torch, dtype), softcap=softcap))
 print(json.dumps(found))
 """
 
