@@ -25,10 +25,10 @@ GIB = 2**30
 STEP = Step(pairs=3, length=1021, share=0.4, hidden_size=1536, vocab=50257, dtype=torch.bfloat16)
 SIZES = ["--hidden_size=1536", "--vocab_size=50257"]
 
-# Peak memory of the three ways beyond hidden states and gradients, after a small call has loaded the code: the larger of
-# two measures, each of which may be too small. The profiler's count of torch's allocations is the same in every process,
-# and knows nothing of what oneDNN copies; the growth of the resident set's high-water mark, in a process whose C library
-# gives every block back at once, has that too, but in some processes it misses a whole block (2.5 of 9.4 MB).
+# Peak memory of the three ways beyond hidden states and gradients, after a small call has loaded the code. It is the
+# larger of two measures, each of which may be too small. The profiler's count of torch's allocations is the same in
+# every process, and knows nothing of what oneDNN copies. The growth of the resident set's high-water mark, in a process
+# whose C library gives every block back at once, has that too, but in some processes misses a block (2.5 of 9.4 MB).
 MEASURE = """
 import ctypes, gc, itertools, json, sys
 

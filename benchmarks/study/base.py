@@ -23,7 +23,7 @@ from fastpref.benchmarks.study.settings import TUNING_SEED, Size
 from fastpref.benchmarks.study.winning import calibrate
 from fastpref.demo.base import build_model, train_base, train_tokenizer
 from fastpref.demo.measures import distinct_bigrams, generate, perplexity
-from fastpref.training.checkpoints import save_final_model
+from fastpref.training.checkpoints.save import save_final_model
 
 # Fluent: own answers at most this many times as perplexing to the proxy judge as real ones,
 RATIO = 1.5

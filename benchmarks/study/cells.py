@@ -21,7 +21,7 @@ from fastpref.benchmarks.study.methods import DivergedError, align
 from fastpref.benchmarks.study.settings import TUNING_SEED, Settings, Study
 from fastpref.demo.measures import answer_logps, distinct_bigrams, generate, mention_share, perplexity_of
 from fastpref.demo.pairs import Pair, PairSet
-from fastpref.training.durable import find_damage, new_file
+from fastpref.training.checkpoints.durable import find_damage, new_file
 
 # A page whose encoding was not understood, several times as long as an answer; what is beyond a model's positions is
 # cut. No model has seen much of it, so its log-prob drifts far in any run, and its gradients are large.

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from fastpref.benchmarks.study.measures import Interval, bootstrap
 from fastpref.checks import check_number
-from fastpref.training.durable import writing
+from fastpref.training.checkpoints.durable import writing
 
 KEY = "OPENAI_API_KEY"
 MAX_TOKENS = 8  # one letter or TIE; some tokenizers put marks around it

@@ -20,9 +20,9 @@ import fastpref
 from fastpref.benchmarks.study.base import Speaker
 from fastpref.benchmarks.study.settings import Settings, Size
 from fastpref.demo.pairs import Pair, PairSet
-from fastpref.training.advice import ADVICE
-from fastpref.training.batches import BatchPlan, Sizes
-from fastpref.training.nonfinite import NonFiniteError
+from fastpref.training.data.batches import BatchPlan, Sizes
+from fastpref.training.monitoring.advice import ADVICE
+from fastpref.training.monitoring.nonfinite import NonFiniteError
 
 LOGGING_STEPS = 5
 # In our loop's schedule and in TRL's alike, where TRL does not run at its defaults.

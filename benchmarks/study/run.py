@@ -23,7 +23,7 @@ from fastpref.console import Console
 from fastpref.demo.pairs import write_jsonl
 from fastpref.environment import record
 from fastpref.folders import Claim, claim
-from fastpref.training.durable import new_file
+from fastpref.training.checkpoints.durable import new_file
 
 FORMAT = 2
 RESULTS = "results.json"

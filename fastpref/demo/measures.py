@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastpref
 from fastpref.demo.pairs import Pair, mentions
-from fastpref.training.collate import Layout, collate
-from fastpref.training.data import tokenize_rows
+from fastpref.training.data.collate import Layout, collate
+from fastpref.training.data.tokens import tokenize_rows
 
 BATCH = 32
 

@@ -30,8 +30,8 @@ from fastpref.demo.measures import distinct_bigrams, generate, mention_share, pe
 from fastpref.demo.pairs import PairSet, make_pairs, write_jsonl
 from fastpref.demo.report import ends, judge, plot_rewards, print_report
 from fastpref.environment import record
-from fastpref.training.checkpoints import save_final_model
-from fastpref.training.stopping import exit_code
+from fastpref.training.checkpoints.save import save_final_model
+from fastpref.training.monitoring.stopping import exit_code
 
 OUTPUTS = ("train.jsonl", "heldout.jsonl", "base", "dpo", "dpop", "rewards.png", "report.json")
 LOSSES = ("dpo", "dpop")

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastpref.training.advice import Advice
-    from fastpref.training.checkpoints import ResumeError
+    from fastpref.training.checkpoints.durable import SaveError
+    from fastpref.training.checkpoints.save import ResumeError
     from fastpref.training.config import TrainConfig
-    from fastpref.training.durable import SaveError
     from fastpref.training.loop import TrainResult, train
-    from fastpref.training.nonfinite import NonFiniteError
-    from fastpref.training.oom import MemoryLimitError
-    from fastpref.training.reference_columns import with_reference
+    from fastpref.training.memory.oom import MemoryLimitError
+    from fastpref.training.monitoring.advice import Advice
+    from fastpref.training.monitoring.nonfinite import NonFiniteError
+    from fastpref.training.reference.columns import with_reference
 
 __all__ = [
     "Advice",
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Advice": "advice",
-    "MemoryLimitError": "oom",
-    "NonFiniteError": "nonfinite",
-    "ResumeError": "checkpoints",
-    "SaveError": "durable",
+    "Advice": "monitoring.advice",
+    "MemoryLimitError": "memory.oom",
+    "NonFiniteError": "monitoring.nonfinite",
+    "ResumeError": "checkpoints.save",
+    "SaveError": "checkpoints.durable",
     "TrainConfig": "config",
     "TrainResult": "loop",
     "train": "loop",
-    "with_reference": "reference_columns",
+    "with_reference": "reference.columns",
 }
 NEEDED = ("accelerate", "psutil", "rich", "transformers")
 

@@ -13,9 +13,9 @@ from transformers import get_scheduler
 
 from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
-from fastpref.training.advice import Advice, Adviser, said
-from fastpref.training.auto_batch import auto_batch
-from fastpref.training.checkpoints import (
+from fastpref.training.checkpoints.durable import SaveError, full_disk_noticed, writing
+from fastpref.training.checkpoints.run_folder import describe_run, write_listing
+from fastpref.training.checkpoints.save import (
     checkpoint_folders,
     keep_best,
     load_checkpoint,
@@ -23,20 +23,20 @@ from fastpref.training.checkpoints import (
     save_trained_model,
 )
 from fastpref.training.config import TrainConfig
-from fastpref.training.distributed import backward, clip_gradient, micro_batch, wrap
-from fastpref.training.dry_run import DryRun, dry_run
-from fastpref.training.durable import SaveError, full_disk_noticed, writing
-from fastpref.training.evaluate import evaluate, prepare_samples, write_samples
-from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.metrics import MetricLog, Window, means, pair_sums, peak_memory, progress_note
-from fastpref.training.nonfinite import FiniteGuard, NonFiniteError
-from fastpref.training.offload import offloading
-from fastpref.training.oom import MemoryLimitError, explained
-from fastpref.training.plots import Clock, draw
+from fastpref.training.distributed.processes import backward, clip_gradient, micro_batch, wrap
+from fastpref.training.memory.auto_batch import auto_batch
+from fastpref.training.memory.dry_run import DryRun, dry_run
+from fastpref.training.memory.offload import offloading
+from fastpref.training.memory.oom import MemoryLimitError, explained
+from fastpref.training.monitoring.advice import Advice, Adviser, said
+from fastpref.training.monitoring.evaluate import evaluate, prepare_samples, write_samples
+from fastpref.training.monitoring.metrics import MetricLog, Window, means, pair_sums, peak_memory, progress_note
+from fastpref.training.monitoring.nonfinite import FiniteGuard, NonFiniteError
+from fastpref.training.monitoring.plots import Clock, draw
+from fastpref.training.monitoring.stopping import Stopped, StopSignals
 from fastpref.training.prepare import Run, prepare
-from fastpref.training.reference import add_reference
-from fastpref.training.run_folder import describe_run, write_listing
-from fastpref.training.stopping import Stopped, StopSignals
+from fastpref.training.reference.scores import add_reference
+from fastpref.training.step import batch_logps, reference_logps
 
 
 @dataclass

@@ -18,11 +18,9 @@ from fastpref.console import Console
 from fastpref.folders import Claim
 from fastpref.losses import LossSpec, get_loss
 from fastpref.training.adapters import adapters_wanted
-from fastpref.training.auto_batch import check_auto_batch
-from fastpref.training.batches import BatchPlan
 from fastpref.training.build import build_model, build_tokenizer
-from fastpref.training.checkpoints import ResumeError, find_checkpoint, load_state
-from fastpref.training.collate import Batch, Layout, collate, settle_layout
+from fastpref.training.checkpoints.run_folder import claim_folder
+from fastpref.training.checkpoints.save import ResumeError, find_checkpoint, load_state
 from fastpref.training.config import (
     LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -32,16 +30,18 @@ from fastpref.training.config import (
     TRIAL_PAIRS,
     TrainConfig,
 )
-from fastpref.training.data import Pair, data_digest, tokenize_rows
-from fastpref.training.distributed import make_accelerator, place
-from fastpref.training.files import Rows, check_rows, load_rows
-from fastpref.training.formats import has_messages
-from fastpref.training.forward import autocasts
-from fastpref.training.memory_plan import check_budget
-from fastpref.training.meta import build_on_meta
-from fastpref.training.metrics import check_best
-from fastpref.training.offload import check_offload
-from fastpref.training.run_folder import claim_folder
+from fastpref.training.data.batches import BatchPlan
+from fastpref.training.data.collate import Batch, Layout, collate, settle_layout
+from fastpref.training.data.formats import has_messages
+from fastpref.training.data.sources import Rows, check_rows, load_rows
+from fastpref.training.data.tokens import Pair, data_digest, tokenize_rows
+from fastpref.training.distributed.processes import make_accelerator, place
+from fastpref.training.memory.auto_batch import check_auto_batch
+from fastpref.training.memory.meta import build_on_meta
+from fastpref.training.memory.offload import check_offload
+from fastpref.training.memory.plan import check_budget
+from fastpref.training.monitoring.metrics import check_best
+from fastpref.training.step import autocasts
 
 # Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
 # free.)

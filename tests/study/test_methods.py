@@ -27,7 +27,7 @@ from fastpref.benchmarks.study.settings import (
 )
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, PairSet
-from fastpref.training.checkpoints import save_final_model
+from fastpref.training.checkpoints.save import save_final_model
 
 
 @pytest.fixture(scope="module")

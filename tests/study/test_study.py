@@ -34,9 +34,10 @@ from fastpref.benchmarks.study.settings import GPT2, METHODS, SMALL, TINY, Setti
 from fastpref.console import Console
 from fastpref.demo.base import build_model, train_tokenizer
 from fastpref.demo.pairs import Pair, mentions
-from fastpref.training import gradients, loop
-from fastpref.training.checkpoints import save_final_model
-from fastpref.training.nonfinite import NonFiniteError
+from fastpref.training import loop
+from fastpref.training.checkpoints.save import save_final_model
+from fastpref.training.monitoring import gradients
+from fastpref.training.monitoring.nonfinite import NonFiniteError
 
 UNIVERSITY = "Larkmoor University"
 QUICK = ("dpo", "sft")

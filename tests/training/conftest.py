@@ -76,7 +76,7 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 def versions_and_commit_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run notes them: it parses the metadata of ten packages for it, and starts git twice."""
     monkeypatch.setattr(importlib.metadata, "version", VERSION)
-    for module in ("fastpref.environment", "fastpref.training.run_folder"):
+    for module in ("fastpref.environment", "fastpref.training.checkpoints.run_folder"):
         monkeypatch.setattr(f"{module}.commit", COMMIT, raising=False)
 
 

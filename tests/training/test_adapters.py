@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastpref.training import TrainConfig, train
 from fastpref.training.adapters import choose_trained, say_how_to_merge
-from fastpref.training.collate import Batch
 from fastpref.training.config import LEARNING_RATE, LORA_LEARNING_RATE
-from fastpref.training.forward import batch_logps
+from fastpref.training.data.collate import Batch
 from fastpref.training.prepare import prepare
+from fastpref.training.step import batch_logps
 
 Make = Callable[..., Any]
 

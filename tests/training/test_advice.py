@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from fastpref.losses import get_loss
-from fastpref.training import Advice, advice, gradients, train
-from fastpref.training.advice import EXPLODING, FALLING, falling_chosen_reward
-from fastpref.training.batches import BatchPlan, Sizes
-from fastpref.training.durable import MANIFEST, write_manifest
-from fastpref.training.gradients import Norms
+from fastpref.training import Advice, train
+from fastpref.training.checkpoints.durable import MANIFEST, write_manifest
+from fastpref.training.data.batches import BatchPlan, Sizes
+from fastpref.training.monitoring import advice, gradients
+from fastpref.training.monitoring.advice import EXPLODING, FALLING, falling_chosen_reward
+from fastpref.training.monitoring.gradients import Norms
 
 Make = Callable[..., Any]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fastpref.memory import Meter
-from fastpref.training import MemoryLimitError, TrainConfig, auto_batch, loop, train
-from fastpref.training.auto_batch import by_extrapolation, by_trial, check_auto_batch, pending_state
+from fastpref.training import MemoryLimitError, TrainConfig, loop, train
+from fastpref.training.memory import auto_batch
+from fastpref.training.memory.auto_batch import by_extrapolation, by_trial, check_auto_batch, pending_state
 from fastpref.training.prepare import prepare
 
 Make = Callable[..., Any]

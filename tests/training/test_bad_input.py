@@ -15,7 +15,7 @@ from fastpref import cli
 from fastpref.options import Parser, UsageError
 from fastpref.training import TrainConfig, train
 from fastpref.training.arguments import OTHER_NAMES, parse_arguments
-from fastpref.training.files import check_rows
+from fastpref.training.data.sources import check_rows
 
 Make = Callable[..., Any]
 

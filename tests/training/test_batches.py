@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref.training.batches import GROUPED_STEPS, BatchPlan, Sizes, cut
-from fastpref.training.collate import Layout, collate
-from fastpref.training.data import Pair, Response
+from fastpref.training.data.batches import GROUPED_STEPS, BatchPlan, Sizes, cut
+from fastpref.training.data.collate import Layout, collate
+from fastpref.training.data.tokens import Pair, Response
 
 
 def response(length: int, start: int, first: int = 1) -> Response:

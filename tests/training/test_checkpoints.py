@@ -19,10 +19,12 @@ import torch
 from transformers import AutoTokenizer
 
 from fastpref.folders import MARKER, FolderError
-from fastpref.training import checkpoints, durable, loop, train
-from fastpref.training.checkpoints import ResumeError
-from fastpref.training.durable import SaveError
-from fastpref.training.metrics import keep_records
+from fastpref.training import loop, train
+from fastpref.training.checkpoints import durable
+from fastpref.training.checkpoints import save as checkpoints
+from fastpref.training.checkpoints.durable import SaveError
+from fastpref.training.checkpoints.save import ResumeError
+from fastpref.training.monitoring.metrics import keep_records
 
 Make = Callable[..., Any]
 TIMED = ("tokens_per_second", "peak_memory")
@@ -191,8 +193,8 @@ def test_a_disk_with_too_little_room_is_noticed_before_anything_is_written(
     ("target", "name"),
     [
         ("fastpref.training.loop.add_reference", "a file in"),
-        ("fastpref.training.metrics.write_record", "metrics.jsonl"),
-        ("fastpref.training.evaluate.write_record", "samples.jsonl"),
+        ("fastpref.training.monitoring.metrics.write_record", "metrics.jsonl"),
+        ("fastpref.training.monitoring.evaluate.write_record", "samples.jsonl"),
         ("torch.utils.tensorboard.SummaryWriter.add_scalar", "tensorboard"),
         ("fastpref.training.loop.draw", "curves.png"),
         ("transformers.GPT2LMHeadModel.save_pretrained", "best"),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastpref.training.data import Pair, Response, tokenize_rows
-from fastpref.training.formats import DEFAULT_CHAT_TEMPLATE
+from fastpref.training.data.formats import DEFAULT_CHAT_TEMPLATE
+from fastpref.training.data.tokens import Pair, Response, tokenize_rows
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

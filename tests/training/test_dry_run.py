@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from fastpref.cli import main
-from fastpref.training import dry_run as dry_run_module
-from fastpref.training import meta, train
-from fastpref.training.data import Pair, Response
-from fastpref.training.dry_run import CONTINUED, DryRun, piece, pieces, show_pair
-from fastpref.training.forward import batch_logps
-from fastpref.training.memory_plan import plan_memory
+from fastpref.training import train
+from fastpref.training.data.tokens import Pair, Response
+from fastpref.training.memory import dry_run as dry_run_module
+from fastpref.training.memory import meta
+from fastpref.training.memory.dry_run import CONTINUED, DryRun, piece, pieces, show_pair
+from fastpref.training.memory.plan import plan_memory
 from fastpref.training.prepare import prepare
+from fastpref.training.step import batch_logps
 
 Make = Callable[..., Any]
 

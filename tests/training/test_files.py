@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastpref.training.files import check_rows, load_rows, read_jsonl
+from fastpref.training.data.sources import check_rows, load_rows, read_jsonl
 
 
 def test_jsonl_is_read_line_by_line_and_empty_lines_are_passed_over(tmp_path: Path) -> None:

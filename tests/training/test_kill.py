@@ -191,7 +191,7 @@ class _Script:
 
     def train(self, name: str) -> None:
         from fastpref.training import TrainConfig, train
-        from fastpref.training.checkpoints import checkpoint_folders
+        from fastpref.training.checkpoints.save import checkpoint_folders
 
         output = self.folder / name
         random.seed(1)  # fork has made another seed
@@ -238,7 +238,7 @@ class _Script:
         return True
 
     def newest(self, name: str) -> int:
-        from fastpref.training.checkpoints import checkpoint_folders
+        from fastpref.training.checkpoints.save import checkpoint_folders
 
         found = checkpoint_folders(self.folder / name)
         return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
@@ -286,7 +286,7 @@ class _Script:
     def limit_files(self, size: int) -> None:
         import resource
 
-        from fastpref.training.durable import SaveError
+        from fastpref.training.checkpoints.durable import SaveError
 
         checkpoint, train = self.loop.save_checkpoint, self.train
 

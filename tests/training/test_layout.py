@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.logps import token_logps
 from fastpref.models import set_attention
-from fastpref.training import TrainConfig, forward, train
-from fastpref.training.collate import Layout, collate
-from fastpref.training.data import tokenize_rows
+from fastpref.training import TrainConfig, step, train
+from fastpref.training.data.collate import Layout, collate
+from fastpref.training.data.tokens import tokenize_rows
 
 Make = Callable[..., Any]
 Rows = list[dict[str, Any]]
@@ -185,16 +185,16 @@ def test_logits_of_a_row_of_several_sequences_are_read_where_they_lie(
         read.append(logits)
         return token_logps(logits, labels, **options)
 
-    monkeypatch.setattr(forward, "token_logps", spy)
+    monkeypatch.setattr(step, "token_logps", spy)
     pairs = tokenize_rows(rows, tokenizer, max_length=64).pairs
     set_attention(model)
     batch = collate(pairs, Layout(layout, 0, 64, repeat_last=True))
     assert batch.scored is not None
-    found = forward.batch_logps(model, batch, make_config(logps="logits"), reduction="sum")
+    found = step.batch_logps(model, batch, make_config(logps="logits"), reduction="sum")
     assert read[0] is made[0]
     predicted = set(zip(batch.scored.source.tolist(), batch.scored.labels.tolist(), strict=True))
     assert len(predicted) == len(set(batch.scored.source.tolist()))
     linear = collate(pairs, Layout(layout, 0, 64))
-    expected = forward.batch_logps(model, linear, make_config(), reduction="sum")
+    expected = step.batch_logps(model, linear, make_config(), reduction="sum")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert batch.inputs["input_ids"].shape[1] == sum(Layout(layout, 0, 64, repeat_last=True).tokens(p) for p in pairs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from fastpref.training import TrainConfig, forward, train
+from fastpref.training import TrainConfig, step, train
 from fastpref.training.arguments import parse_arguments
 from fastpref.training.prepare import ResumeError
 
@@ -89,14 +89,14 @@ def test_the_default_is_the_linear_path_for_policy_reference_and_evaluation(
     make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, Any]] = []
-    model_logps = forward.model_logps
+    model_logps = step.model_logps
 
     def spy(model: Any, batch: Any, **options: Any) -> Any:
         seen.append((torch.is_grad_enabled(), options["memory_budget"]))
         return model_logps(model, batch, **options)
 
-    monkeypatch.setattr(forward, "model_logps", spy)
-    monkeypatch.setattr(forward, "sequence_logps", None)  # calling it would raise
+    monkeypatch.setattr(step, "model_logps", spy)
+    monkeypatch.setattr(step, "sequence_logps", None)  # calling it would raise
     config = make_config(batch_size=13, max_steps=2, memory_budget="8MiB")
     train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows[:2])
     # Reference of the training pairs, which the held-out ones are among, two steps, an evaluation.

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastpref.training import NonFiniteError, train
-from fastpref.training.batches import BatchPlan, Sizes
-from fastpref.training.checkpoints import checkpoint_folders
+from fastpref.training.checkpoints.save import checkpoint_folders
+from fastpref.training.data.batches import BatchPlan, Sizes
 
 Make = Callable[..., Any]
 BAD_ROW = 9

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastpref.training import TrainConfig, offload, train
+from fastpref.training import TrainConfig, train
 from fastpref.training.adapters import choose_trained
-from fastpref.training.forward import batch_logps
-from fastpref.training.offload import ActivationOffload, offloading
+from fastpref.training.memory import offload
+from fastpref.training.memory.offload import ActivationOffload, offloading
 from fastpref.training.prepare import prepare
+from fastpref.training.step import batch_logps
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")

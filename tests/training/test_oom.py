@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastpref.training import MemoryLimitError, train
-from fastpref.training.oom import explained, out_of_memory
+from fastpref.training.memory.oom import explained, out_of_memory
 from fastpref.training.prepare import prepare
 
 Make = Callable[..., Any]
@@ -124,7 +124,7 @@ def test_a_run_names_where_it_was_and_the_checkpoint_that_is_left(
             raise torch.OutOfMemoryError(CUDA)
         return original(*args, **kwargs)
 
-    modules = {"step": "fastpref.training.loop", "evaluation": "fastpref.training.evaluate"}
+    modules = {"step": "fastpref.training.loop", "evaluation": "fastpref.training.monitoring.evaluate"}
     target, name = (torch.optim.AdamW, "step") if place == "update" else (sys.modules[modules[place]], "batch_logps")
     original = getattr(target, name)
     monkeypatch.setattr(target, name, fails)
@@ -142,7 +142,7 @@ def test_the_reference_pass_is_named_before_any_checkpoint(
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError(CUDA)
 
-    monkeypatch.setattr("fastpref.training.reference.batch_logps", fails)
+    monkeypatch.setattr("fastpref.training.reference.scores.batch_logps", fails)
     with pytest.raises(MemoryLimitError, match=r"out of memory in the reference pass: .*No checkpoint had been writ"):
         train(make_config(), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
 

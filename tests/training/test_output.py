@@ -17,7 +17,7 @@ import pytest
 from fastpref.cli import main
 from fastpref.folders import MARKER, FolderError
 from fastpref.training import train
-from fastpref.training.durable import MANIFEST
+from fastpref.training.checkpoints.durable import MANIFEST
 
 Make = Callable[..., Any]
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastpref.folders import MARKER, FolderError
-from fastpref.training import TrainConfig, gradients, loop, train
+from fastpref.training import TrainConfig, loop, train
+from fastpref.training.monitoring import gradients
 
 # Steps of 8 pairs and a tail of 5; with clipping, since its norm is over all shards.
 SHARED: dict[str, Any] = {

@@ -17,12 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import fastpref
-from fastpref.training import reference, reference_model, with_reference
-from fastpref.training.checkpoints import ResumeError
-from fastpref.training.data import Pair
+from fastpref.training import with_reference
+from fastpref.training.checkpoints.save import ResumeError
+from fastpref.training.data.tokens import Pair
 from fastpref.training.prepare import Run, prepare
-from fastpref.training.reference import add_reference
-from fastpref.training.reference_key import model_digest
+from fastpref.training.reference import model as reference_model
+from fastpref.training.reference import scores as reference
+from fastpref.training.reference.key import model_digest
+from fastpref.training.reference.scores import add_reference
 
 Make = Callable[..., Any]
 
@@ -313,10 +315,10 @@ def test_bfloat16_has_a_cache_of_its_own(
     """Where autocast does something, that is; elsewhere it is float32 and may be taken as such."""
     reference_of()
     seen.clear()
-    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: False)
+    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: False)
     reference_of(precision="bf16")
     assert seen == []
-    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: True)
+    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: True)
     reference_of(precision="bf16")
     assert len(rows_of(seen)) == 13
     assert "with precision=fp32 (not bf16)" in said(capsys)[0]
@@ -429,7 +431,7 @@ def test_the_same_weights_with_another_rotary_scaling_are_another_model() -> Non
 
 def test_weights_are_hashed_in_parts_and_shown(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpref.console import Console
-    from fastpref.training import reference_key
+    from fastpref.training.reference import key as reference_key
 
     model, bars, console = make_model(n_embd=64, vocab_size=20_000), [], Console(progress=False)
     whole = digest_of(model)

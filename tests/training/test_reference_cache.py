@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastpref.training.durable import SaveError
-from fastpref.training.reference_cache import CacheWriter, Record, cache_file, read_cache
-from fastpref.training.reference_key import ReferenceKey
+from fastpref.training.checkpoints.durable import SaveError
+from fastpref.training.reference.cache import CacheWriter, Record, cache_file, read_cache
+from fastpref.training.reference.key import ReferenceKey
 
 KEY = ReferenceKey(
     weights="w", precision="fp32", logps="linear", reduction="sum", tokenizer="t", template="c", max_length=64
@@ -115,7 +115,7 @@ def test_what_is_not_finite_is_neither_kept_nor_used(stored: Path, monkeypatch: 
     CacheWriter(stored.parent, KEY, process=1).append(Record(f"{13 + n:032x}", n, v) for n, v in enumerate(values))
     found, _ = read(stored.parent, count=16)
     assert set(found) == {*range(13), 15}
-    monkeypatch.setattr("fastpref.training.reference_cache.math.isfinite", lambda value: True)
+    monkeypatch.setattr("fastpref.training.reference.cache.math.isfinite", lambda value: True)
     CacheWriter(stored.parent, KEY, process=2).append([Record(f"{13:032x}", 0, (math.nan, -1.0))])
     monkeypatch.undo()
     found, lines = read(stored.parent, count=16)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from fastpref.folders import MARKER
-from fastpref.training import TrainConfig, loop, plots, train
+from fastpref.training import TrainConfig, loop, train
 from fastpref.training.arguments import parse_arguments
-from fastpref.training.metrics import progress_note
+from fastpref.training.monitoring import plots
+from fastpref.training.monitoring.metrics import progress_note
 
 Make = Callable[..., Any]
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from fastpref.cli import main
-from fastpref.training import loop, reference, train
-from fastpref.training.checkpoints import checkpoint_folders
-from fastpref.training.stopping import Stopped, StopSignals, how_to_go_on
+from fastpref.training import loop, train
+from fastpref.training.checkpoints.save import checkpoint_folders
+from fastpref.training.monitoring.stopping import Stopped, StopSignals, how_to_go_on
+from fastpref.training.reference import scores as reference
 
 Make = Callable[..., Any]
 TIMED = ("tokens_per_second", "peak_memory")

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fastpref
 from fastpref.console import Console
 from fastpref.losses import LOSSES, get_loss
-from fastpref.training import TrainConfig, loop, plots, train
-from fastpref.training.collate import Layout, collate
-from fastpref.training.data import tokenize_rows
+from fastpref.training import TrainConfig, loop, train
+from fastpref.training.data.collate import Layout, collate
+from fastpref.training.data.tokens import tokenize_rows
 from fastpref.training.loop import make_optimizer, make_schedule
+from fastpref.training.monitoring import plots
 from fastpref.training.prepare import _with_defaults, prepare
 
 Make = Callable[..., Any]
@@ -271,7 +272,7 @@ def test_bf16_that_this_cpu_only_emulates_is_left_out_everywhere_and_a_line_says
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Reference, steps, evaluation and samples."""
-    monkeypatch.setattr("fastpref.training.forward.multiplies_bf16_faster", lambda device: faster)
+    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: faster)
     seen: set[bool] = set()
     model = make_model()
     model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))

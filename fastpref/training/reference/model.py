@@ -14,10 +14,10 @@ from transformers.utils import has_file
 
 from fastpref.options import UsageError
 from fastpref.training.build import build_model
-from fastpref.training.collate import settle_layout
-from fastpref.training.distributed import whole_weights
+from fastpref.training.data.collate import settle_layout
+from fastpref.training.distributed.processes import whole_weights
 from fastpref.training.prepare import Run
-from fastpref.training.reference_key import model_digest
+from fastpref.training.reference.key import model_digest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastpref.training.durable import writing
-from fastpref.training.reference_key import ReferenceKey
+from fastpref.training.checkpoints.durable import writing
+from fastpref.training.reference.key import ReferenceKey
 
 FORMAT = 1
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"  # as in a dataset's columns

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastpref.training.config import ALL_LINEAR, TrainConfig
-from fastpref.training.files import Rows, check_rows, load_rows
+from fastpref.training.data.sources import Rows, check_rows, load_rows
 from fastpref.training.prepare import prepare
-from fastpref.training.reference import add_reference
-from fastpref.training.reference_cache import CHOSEN, REJECTED
+from fastpref.training.reference.cache import CHOSEN, REJECTED
+from fastpref.training.reference.scores import add_reference
 
 # What a run needs besides, and does to a model to train it.
 _WITHOUT_TRAINING: dict[str, Any] = {

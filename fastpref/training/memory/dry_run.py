@@ -9,8 +9,8 @@ from statistics import median
 from typing import Any
 
 from fastpref.tables import print_table, size_text
-from fastpref.training.data import Pair, Response
-from fastpref.training.memory_plan import MemoryPlan, available_memory, plan_memory
+from fastpref.training.data.tokens import Pair, Response
+from fastpref.training.memory.plan import MemoryPlan, available_memory, plan_memory
 from fastpref.training.prepare import Run
 
 WORDS = ("", "tokens a pair", "a pair's")  # columns that hold names

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.training.data import Pair
+from fastpref.training.data.tokens import Pair
 
 CHUNK = 1 << 26  # bytes of a weight that are on the CPU at a time
 BAR_FROM = 1 << 31  # bytes of weights that take a second or more to hash

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpref.console import Console
 from fastpref.losses import LossSpec
 from fastpref.memory import peak
-from fastpref.training.durable import SaveError, new_file, writing
+from fastpref.training.checkpoints.durable import SaveError, new_file, writing
 
 MEANS = (
     "loss",

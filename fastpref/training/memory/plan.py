@@ -18,10 +18,10 @@ from fastpref.linear.peaks import Step, Use, logits_peak
 from fastpref.linear.plan import machine_of, plan_tokens
 from fastpref.memory import available
 from fastpref.models import SOFTCAPS
-from fastpref.training.collate import IGNORE, Batch
-from fastpref.training.distributed import is_sharded
-from fastpref.training.forward import autocasts
-from fastpref.training.meta import on_meta
+from fastpref.training.data.collate import IGNORE, Batch
+from fastpref.training.distributed.processes import is_sharded
+from fastpref.training.memory.meta import on_meta
+from fastpref.training.step import autocasts
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

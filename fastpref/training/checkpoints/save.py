@@ -20,14 +20,22 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
 
 from fastpref.training.adapters import is_adapted
-from fastpref.training.distributed import (
+from fastpref.training.checkpoints.durable import (
+    MANIFEST,
+    WRITE_ERRORS,
+    SaveError,
+    find_damage,
+    new_folder,
+    remove_folder,
+    writing,
+)
+from fastpref.training.distributed.processes import (
     load_model_state,
     load_optimizer_state,
     model_state,
     on_main,
     optimizer_state,
 )
-from fastpref.training.durable import MANIFEST, WRITE_ERRORS, SaveError, find_damage, new_folder, remove_folder, writing
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

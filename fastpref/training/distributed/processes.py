@@ -36,8 +36,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastpref.options import UsageError
-from fastpref.training import zero3
 from fastpref.training.config import TrainConfig
+from fastpref.training.distributed import zero3
 
 T = TypeVar("T")
 

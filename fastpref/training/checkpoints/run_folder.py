@@ -21,11 +21,11 @@ from fastpref.folders import (
     claimed,
     next_folder,
 )
-from fastpref.training.advice import ADVICE
-from fastpref.training.checkpoints import checkpoint_folders, named_as_checkpoints
+from fastpref.training.checkpoints.durable import MANIFEST, new_file, sweep, writing
+from fastpref.training.checkpoints.save import checkpoint_folders, named_as_checkpoints
 from fastpref.training.config import TrainConfig
-from fastpref.training.distributed import on_main
-from fastpref.training.durable import MANIFEST, new_file, sweep, writing
+from fastpref.training.distributed.processes import on_main
+from fastpref.training.monitoring.advice import ADVICE
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpref.losses import LossSpec
-from fastpref.training.durable import new_file, writing
-from fastpref.training.gradients import Norms, explosion
-from fastpref.training.nonfinite import SeenStep
+from fastpref.training.checkpoints.durable import new_file, writing
+from fastpref.training.monitoring.gradients import Norms, explosion
+from fastpref.training.monitoring.nonfinite import SeenStep
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

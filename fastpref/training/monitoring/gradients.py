@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastpref.losses import coefficients
-from fastpref.training.data import Pair
-from fastpref.training.distributed import backward, is_sharded
-from fastpref.training.forward import batch_logps
-from fastpref.training.nonfinite import SeenStep
-from fastpref.training.offload import offloading
-from fastpref.training.oom import out_of_memory
+from fastpref.training.data.tokens import Pair
+from fastpref.training.distributed.processes import backward, is_sharded
+from fastpref.training.memory.offload import offloading
+from fastpref.training.memory.oom import out_of_memory
+from fastpref.training.monitoring.nonfinite import SeenStep
+from fastpref.training.step import batch_logps
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

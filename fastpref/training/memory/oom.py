@@ -15,7 +15,7 @@ from fastpref.tables import size_text
 from fastpref.training.adapters import is_adapted
 
 if TYPE_CHECKING:
-    from fastpref.training.data import Pair
+    from fastpref.training.data.tokens import Pair
     from fastpref.training.prepare import Run
 
 # What allocators other than CUDA's say, in a RuntimeError.

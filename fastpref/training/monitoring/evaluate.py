@@ -8,13 +8,13 @@ import os
 import torch
 
 from fastpref.losses import preference_loss
-from fastpref.training.batches import cut
-from fastpref.training.distributed import deal, is_sharded
-from fastpref.training.durable import writing
-from fastpref.training.forward import autocasts, batch_logps, reference_logps
-from fastpref.training.metrics import keep_records, means, pair_sums, write_record, zero_sums
-from fastpref.training.oom import explained
+from fastpref.training.checkpoints.durable import writing
+from fastpref.training.data.batches import cut
+from fastpref.training.distributed.processes import deal, is_sharded
+from fastpref.training.memory.oom import explained
+from fastpref.training.monitoring.metrics import keep_records, means, pair_sums, write_record, zero_sums
 from fastpref.training.prepare import Run
+from fastpref.training.step import autocasts, batch_logps, reference_logps
 
 SAMPLES = "samples.jsonl"
 

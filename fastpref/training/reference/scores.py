@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 from fastpref.options import UsageError
-from fastpref.training.batches import cut
-from fastpref.training.data import Pair
-from fastpref.training.distributed import deal
-from fastpref.training.forward import autocasts, batch_logps
-from fastpref.training.oom import explained
+from fastpref.training.data.batches import cut
+from fastpref.training.data.tokens import Pair
+from fastpref.training.distributed.processes import deal
+from fastpref.training.memory.oom import explained
 from fastpref.training.prepare import ResumeError, Run
-from fastpref.training.reference_cache import (
+from fastpref.training.reference.cache import (
     CHOSEN,
     REJECTED,
     CacheWriter,
@@ -28,8 +27,9 @@ from fastpref.training.reference_cache import (
     differences,
     read_cache,
 )
-from fastpref.training.reference_key import ReferenceKey, pair_digest, text_digest, tokenizer_digest
-from fastpref.training.reference_model import Reference
+from fastpref.training.reference.key import ReferenceKey, pair_digest, text_digest, tokenizer_digest
+from fastpref.training.reference.model import Reference
+from fastpref.training.step import autocasts, batch_logps
 
 # Without backward a batch may be larger than a training micro-batch: so many times the pairs, so many times the tokens.
 MORE_PAIRS, MORE_TOKENS = 4, 2

@@ -13,8 +13,8 @@ from fastpref.logps import sequence_logps, token_logps
 from fastpref.losses import LossSpec
 from fastpref.models import model_logps
 from fastpref.ops import sequence_reduce_op
-from fastpref.training.collate import IGNORE, Batch
 from fastpref.training.config import TrainConfig
+from fastpref.training.data.collate import IGNORE, Batch
 
 
 def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str) -> tuple[Tensor, Tensor]:

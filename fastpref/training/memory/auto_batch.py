@@ -21,12 +21,12 @@ from accelerate.utils import gather_object
 from fastpref.losses import LossSpec, preference_loss
 from fastpref.memory import Meter
 from fastpref.tables import size_text
-from fastpref.training.batches import BatchPlan
 from fastpref.training.config import TrainConfig
-from fastpref.training.distributed import backward, is_sharded, micro_batch
-from fastpref.training.forward import batch_logps, reference_logps
-from fastpref.training.offload import offloading
-from fastpref.training.oom import MemoryLimitError, out_of_memory
+from fastpref.training.data.batches import BatchPlan
+from fastpref.training.distributed.processes import backward, is_sharded, micro_batch
+from fastpref.training.memory.offload import offloading
+from fastpref.training.memory.oom import MemoryLimitError, out_of_memory
+from fastpref.training.step import batch_logps, reference_logps
 
 if TYPE_CHECKING:
     from fastpref.training.prepare import Run

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastpref.models import ScoredTokens, pack_pairs, set_attention, why_not_packed
-from fastpref.training.batches import Sizes
 from fastpref.training.config import TrainConfig
-from fastpref.training.data import Ids, Pair, Response
+from fastpref.training.data.batches import Sizes
+from fastpref.training.data.tokens import Ids, Pair, Response
 
 IGNORE = -100
 PAD_MULTIPLE = 8  # tensor cores want it; more would only be padding

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.models import shared_length
-from fastpref.training.formats import RenderedPair, common_prefix, render_row
+from fastpref.training.data.formats import RenderedPair, common_prefix, render_row
 
 CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's threads busy
 

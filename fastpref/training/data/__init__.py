@@ -1,0 +1,1 @@
+"""From rows to batches: where rows come from, their formats, token ids, order and layout."""

@@ -1,0 +1,1 @@
+"""What a run tells: metrics, curves, evaluation, advice, and losses or gradients that are not finite."""
