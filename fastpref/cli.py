@@ -33,11 +33,12 @@ def train_command(arguments: list[str]) -> int:
         config = parse_arguments(arguments)
         from fastpref.training import train  # noqa: F401 - it says which package is missing
         from fastpref.training.checkpoints.durable import SaveError
+        from fastpref.training.checkpoints.save import ResumeError
         from fastpref.training.loop import train_run
         from fastpref.training.memory.oom import MemoryLimitError
         from fastpref.training.monitoring.nonfinite import NonFiniteError
         from fastpref.training.monitoring.stopping import exit_code, how_to_go_on
-        from fastpref.training.prepare import ResumeError, prepare
+        from fastpref.training.prepare import prepare
 
         run = prepare(config)
     except INPUT_ERRORS as error:

@@ -34,8 +34,9 @@ from fastpref.training.monitoring.metrics import MetricLog, Window, means, pair_
 from fastpref.training.monitoring.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.monitoring.plots import Clock, draw
 from fastpref.training.monitoring.stopping import Stopped, StopSignals
-from fastpref.training.prepare import Run, prepare
+from fastpref.training.prepare import prepare
 from fastpref.training.reference.scores import add_reference
+from fastpref.training.run import Run
 from fastpref.training.step import batch_logps, reference_logps
 
 

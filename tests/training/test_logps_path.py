@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fastpref.training import TrainConfig, step, train
 from fastpref.training.arguments import parse_arguments
-from fastpref.training.prepare import ResumeError
+from fastpref.training.checkpoints.save import ResumeError
 
 Make = Callable[..., Any]
 NUMBERS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")

@@ -20,11 +20,12 @@ import fastpref
 from fastpref.training import with_reference
 from fastpref.training.checkpoints.save import ResumeError
 from fastpref.training.data.tokens import Pair
-from fastpref.training.prepare import Run, prepare
+from fastpref.training.prepare import prepare
 from fastpref.training.reference import model as reference_model
 from fastpref.training.reference import scores as reference
 from fastpref.training.reference.key import model_digest
 from fastpref.training.reference.scores import add_reference
+from fastpref.training.run import Run
 
 Make = Callable[..., Any]
 
@@ -525,7 +526,7 @@ def test_a_reference_model_that_does_not_fit_is_refused_by_name(
 
 
 def test_a_resumed_run_has_the_reference_model_of_its_start() -> None:
-    from fastpref.training.prepare import FIXED_ON_RESUME
+    from fastpref.training.run import FIXED_ON_RESUME
 
     assert "reference_model" in FIXED_ON_RESUME
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastpref.environment import record
 from fastpref.folders import (
@@ -26,9 +26,7 @@ from fastpref.training.checkpoints.save import checkpoint_folders, named_as_chec
 from fastpref.training.config import TrainConfig
 from fastpref.training.distributed.processes import on_main
 from fastpref.training.monitoring.advice import ADVICE
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 
 COMMAND = "fastpref train"
 DEFAULT = Path("runs") / "fastpref"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ from fastpref.training.distributed.processes import (
     on_main,
     optimizer_state,
 )
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 
 STATE = "training_state.pt"
 OPTIMIZER = "optimizer.pt"

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -26,10 +26,8 @@ from fastpref.training.data.batches import BatchPlan
 from fastpref.training.distributed.processes import backward, is_sharded, micro_batch
 from fastpref.training.memory.offload import offloading
 from fastpref.training.memory.oom import MemoryLimitError, out_of_memory
+from fastpref.training.run import Run
 from fastpref.training.step import batch_logps, reference_logps
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
 
 SPARE = {"cuda": 0.05, "cpu": 0.10}  # of what is there; a CPU's allocations vary more, and it kills without a warning
 STRIDE = 8  # a CPU is not asked for more than so many times what was measured before it

@@ -11,7 +11,7 @@ from typing import Any
 from fastpref.tables import print_table, size_text
 from fastpref.training.data.tokens import Pair, Response
 from fastpref.training.memory.plan import MemoryPlan, available_memory, plan_memory
-from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 
 WORDS = ("", "tokens a pair", "a pair's")  # columns that hold names
 # Tokens shown at the beginning and the end of a prompt, and of a response; the border of the two is always there.

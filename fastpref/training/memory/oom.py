@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,10 +13,8 @@ from fastpref.checks import parse_budget
 from fastpref.memory import available, resident
 from fastpref.tables import size_text
 from fastpref.training.adapters import is_adapted
-
-if TYPE_CHECKING:
-    from fastpref.training.data.tokens import Pair
-    from fastpref.training.prepare import Run
+from fastpref.training.data.tokens import Pair
+from fastpref.training.run import Run
 
 # What allocators other than CUDA's say, in a RuntimeError.
 MESSAGES = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")

@@ -8,7 +8,7 @@ What allocators waste, and what communication between processes needs, is not in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from fastpref.models import SOFTCAPS
 from fastpref.training.data.collate import IGNORE, Batch
 from fastpref.training.distributed.processes import is_sharded
 from fastpref.training.memory.meta import on_meta
+from fastpref.training.run import Run
 from fastpref.training.step import autocasts
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
 
 
 @dataclass(frozen=True)

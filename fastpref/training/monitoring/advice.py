@@ -6,15 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fastpref.losses import LossSpec
 from fastpref.training.checkpoints.durable import new_file, writing
 from fastpref.training.monitoring.gradients import Norms, explosion
 from fastpref.training.monitoring.nonfinite import SeenStep
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 
 ADVICE = "advice.jsonl"
 FALLING, EXPLODING = "falling_chosen_reward", "exploding_gradient"

@@ -13,7 +13,7 @@ from fastpref.training.data.batches import cut
 from fastpref.training.distributed.processes import deal, is_sharded
 from fastpref.training.memory.oom import explained
 from fastpref.training.monitoring.metrics import keep_records, means, pair_sums, write_record, zero_sums
-from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 from fastpref.training.step import autocasts, batch_logps, reference_logps
 
 SAMPLES = "samples.jsonl"

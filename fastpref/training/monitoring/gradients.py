@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import median, pstdev
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from fastpref.training.distributed.processes import backward, is_sharded
 from fastpref.training.memory.offload import offloading
 from fastpref.training.memory.oom import out_of_memory
 from fastpref.training.monitoring.nonfinite import SeenStep
+from fastpref.training.run import Run
 from fastpref.training.step import batch_logps
-
-if TYPE_CHECKING:
-    from fastpref.training.prepare import Run
 
 # A norm explodes where it is FACTOR times what is usual and BEYOND times what has been. Where the step's loss is not
 # above the first step's it must also be SATURATED times what has been, or UNLIKE: so many standard deviations from the

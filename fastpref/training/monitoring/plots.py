@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastpref.training.prepare import Run
+from fastpref.training.run import Run
 
 Record = dict[str, Any]
 

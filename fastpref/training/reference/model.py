@@ -16,8 +16,8 @@ from fastpref.options import UsageError
 from fastpref.training.build import build_model
 from fastpref.training.data.collate import settle_layout
 from fastpref.training.distributed.processes import whole_weights
-from fastpref.training.prepare import Run
 from fastpref.training.reference.key import model_digest
+from fastpref.training.run import Run
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from fastpref.options import UsageError
+from fastpref.training.checkpoints.save import ResumeError
 from fastpref.training.data.batches import cut
 from fastpref.training.data.tokens import Pair
 from fastpref.training.distributed.processes import deal
 from fastpref.training.memory.oom import explained
-from fastpref.training.prepare import ResumeError, Run
 from fastpref.training.reference.cache import (
     CHOSEN,
     REJECTED,
@@ -29,6 +29,7 @@ from fastpref.training.reference.cache import (
 )
 from fastpref.training.reference.key import ReferenceKey, pair_digest, text_digest, tokenizer_digest
 from fastpref.training.reference.model import Reference
+from fastpref.training.run import Run
 from fastpref.training.step import autocasts, batch_logps
 
 # Without backward a batch may be larger than a training micro-batch: so many times the pairs, so many times the tokens.
