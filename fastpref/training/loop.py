@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from fastpref.losses import preference_loss
 from fastpref.training.adapters import say_how_to_merge
 from fastpref.training.checkpoints.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.checkpoints.run_folder import describe_run, write_listing
@@ -23,10 +22,9 @@ from fastpref.training.checkpoints.save import (
     save_trained_model,
 )
 from fastpref.training.config import TrainConfig
-from fastpref.training.distributed.processes import backward, clip_gradient, micro_batch, wrap
+from fastpref.training.distributed.processes import clip_gradient, wrap
 from fastpref.training.memory.auto_batch import auto_batch
 from fastpref.training.memory.dry_run import DryRun, dry_run
-from fastpref.training.memory.offload import offloading
 from fastpref.training.memory.oom import MemoryLimitError, explained
 from fastpref.training.monitoring.advice import Advice, Adviser, said
 from fastpref.training.monitoring.evaluate import evaluate, prepare_samples, write_samples
@@ -37,7 +35,7 @@ from fastpref.training.monitoring.stopping import Stopped, StopSignals
 from fastpref.training.prepare import prepare
 from fastpref.training.reference.scores import add_reference
 from fastpref.training.run import Run
-from fastpref.training.step import batch_logps, reference_logps
+from fastpref.training.step import add_gradient
 
 
 @dataclass
@@ -205,17 +203,12 @@ class _Loop:
             # A process whose share is a pair short runs one of the others with weight 0, to keep in step.
             weight = 1.0 if indices else 0.0
             chunk = [run.pairs[index] for index in indices or pairs[:1]]
-            batch = run.collate(chunk)
-            sync = micro_batch(accelerator, self.model, last=place == len(micro_batches) - 1)
-            with explained(run, f"step {step}", chunk, work="step"), sync:
-                with offloading(config, run.model, self.device):
-                    policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
-                output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)
-                # Gradients are averaged over the processes; the factor num_processes makes that a sum.
-                scale = weight * accelerator.num_processes / len(pairs)
-                backward(accelerator, self.model, output.losses.sum() * scale)
-            sums += weight * pair_sums(output, *policy, batch.tokens)
-            self.guard.see_batch(batch.rows, output.losses, *policy)
+            # Gradients are averaged over the processes; the factor num_processes makes that a sum.
+            scale, last = weight * accelerator.num_processes / len(pairs), place == len(micro_batches) - 1
+            with explained(run, f"step {step}", chunk, work="step"):
+                scored = add_gradient(run, self.model, chunk, scale=scale, last=last)
+            sums += weight * pair_sums(scored)
+            self.guard.see_batch(scored)
         grad_norm = clip_gradient(accelerator, self.model, config.max_grad_norm or math.inf)
         self.guard.see_gradient(grad_norm)
         return sums, grad_norm

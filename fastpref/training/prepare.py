@@ -39,8 +39,8 @@ from fastpref.training.memory.meta import build_on_meta
 from fastpref.training.memory.offload import check_offload
 from fastpref.training.memory.plan import check_budget
 from fastpref.training.monitoring.metrics import check_best
+from fastpref.training.precision import autocasts
 from fastpref.training.run import Run
-from fastpref.training.step import autocasts
 
 
 def prepare(

@@ -1,20 +1,60 @@
-"""One batch through the model: its responses' log-probs, for policy, reference and evaluation alike."""
+"""One batch through the model: log-probs, loss, gradient. Training, evaluation, reference and trials all come here."""
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastpref.logps import sequence_logps, token_logps
-from fastpref.losses import LossSpec
+from fastpref.losses import LossSpec, PreferenceOutput, preference_loss
 from fastpref.models import model_logps
 from fastpref.ops import sequence_reduce_op
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.collate import IGNORE, Batch
+from fastpref.training.data.tokens import Pair
+from fastpref.training.distributed.processes import backward, micro_batch
+from fastpref.training.memory.offload import offloading
+from fastpref.training.precision import autocasts
+from fastpref.training.run import Run
+
+
+class Scored(NamedTuple):
+    """Pairs as a batch, their log-probs under the policy, and the run's loss of them."""
+
+    batch: Batch
+    chosen: Tensor  # (P,) float32
+    rejected: Tensor  # (P,)
+    output: PreferenceOutput
+
+
+def add_gradient(run: Run, model: Any, pairs: Sequence[Pair], *, scale: float, last: bool = True) -> Scored:
+    """Forward and backward of a micro-batch: the gradient of `scale` times the sum of its losses is added up.
+
+    Args:
+        model: as the loop runs it, wrapped.
+        last: whether it is a step's last one, with which the processes add their gradients.
+    """
+    with micro_batch(run.accelerator, model, last=last):
+        scored = score(run, model, pairs)
+        backward(run.accelerator, model, scored.output.losses.sum() * scale)
+    return scored
+
+
+def score(run: Run, model: Any, pairs: Sequence[Pair]) -> Scored:
+    """The pairs under `model`, which is the run's as it is or wrapped; with gradients where these are on."""
+    batch, policy = log_probs(run, model, pairs)
+    output = preference_loss(*policy, *reference_logps(batch, run.spec), **run.config.loss_arguments)
+    return Scored(batch, *policy, output)
+
+
+def log_probs(run: Run, model: Any, pairs: Sequence[Pair]) -> tuple[Batch, tuple[Tensor, Tensor]]:
+    """The pairs as a batch, and the log-probs that the run's loss takes, of chosen and rejected, each (P,)."""
+    batch = run.collate(pairs)
+    with offloading(run.config, run.model, run.accelerator.device):
+        return batch, batch_logps(model, batch, run.config, reduction=run.spec.reduction)
 
 
 def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str) -> tuple[Tensor, Tensor]:
@@ -47,19 +87,6 @@ def _of_logits(logits: Tensor, batch: Batch, reduction: str) -> Tensor | tuple[T
     tokens = token_logps(logits, aligned, shift=False).view(-1).index_select(0, source)
     values, _ = sequence_reduce_op(tokens[None], labels[None], None, cu_seqlens, 0, IGNORE, reduction == "mean")
     return values
-
-
-def autocasts(config: TrainConfig, device: torch.device) -> bool:
-    """Whether products are made in bfloat16: where it was asked for, and is no slower."""
-    return config.precision == "bf16" and multiplies_bf16_faster(device)
-
-
-@cache
-def multiplies_bf16_faster(device: torch.device) -> bool:
-    """Whether autocast to bfloat16 saves time: not on an x86 CPU without instructions for it, which emulates them."""
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def reference_logps(batch: Batch, spec: LossSpec) -> tuple[Tensor | None, Tensor | None]:

@@ -139,13 +139,13 @@ class Limited(Meter):
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> type[Limited]:
-    forward = auto_batch._Trials._forward_and_backward
+    forward = auto_batch.add_gradient
 
-    def counted(self: Any, pairs: list[Any]) -> None:
+    def counted(run: Any, model: Any, pairs: list[Any], **options: Any) -> None:
         Limited.pairs = len(pairs)
-        forward(self, pairs)
+        forward(run, model, pairs, **options)
 
-    monkeypatch.setattr(auto_batch._Trials, "_forward_and_backward", counted)
+    monkeypatch.setattr(auto_batch, "add_gradient", counted)
     monkeypatch.setattr(auto_batch, "Meter", Limited)
     monkeypatch.setattr(auto_batch, "pending_state", lambda optimizer: 0)
     return Limited
@@ -210,7 +210,10 @@ def test_one_pair_beyond_the_memory_is_an_error_with_the_sizes(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(limited, "limit", 99)
     config = make_config(auto_batch=True)
-    with pytest.raises(MemoryLimitError, match=r"the longest pair alone .* tokens\) takes more than the 0.1 KiB"):
+    with pytest.raises(
+        MemoryLimitError,
+        match=r"the longest pair alone .* tokens\) needs more than the 0.1 KiB available.* gradient_ch",
+    ):
         train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows)
 
 
@@ -220,14 +223,14 @@ def test_an_allocators_error_in_a_trial_is_a_size_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What a GPU does: the exception is caught, and gradients are gone all the same."""
-    forward = auto_batch._Trials._forward_and_backward
+    forward = auto_batch.add_gradient
 
-    def short(self: Any, pairs: list[Any]) -> None:
-        forward(self, pairs)
+    def short(run: Any, model: Any, pairs: list[Any], **options: Any) -> None:
+        forward(run, model, pairs, **options)
         if len(pairs) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(auto_batch._Trials, "_forward_and_backward", short)
+    monkeypatch.setattr(auto_batch, "add_gradient", short)
     monkeypatch.setattr(limited, "limit", 10_000)
     run = prepare(make_config(), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
     loop.add_reference(run)

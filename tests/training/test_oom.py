@@ -125,7 +125,8 @@ def test_a_run_names_where_it_was_and_the_checkpoint_that_is_left(
         return original(*args, **kwargs)
 
     modules = {"step": "fastpref.training.loop", "evaluation": "fastpref.training.monitoring.evaluate"}
-    target, name = (torch.optim.AdamW, "step") if place == "update" else (sys.modules[modules[place]], "batch_logps")
+    names = {"step": "add_gradient", "evaluation": "score", "update": "step"}
+    target, name = torch.optim.AdamW if place == "update" else sys.modules[modules[place]], names[place]
     original = getattr(target, name)
     monkeypatch.setattr(target, name, fails)
     config = make_config(save_every=1, eval_every=2 if place == "evaluation" else None)
@@ -142,7 +143,7 @@ def test_the_reference_pass_is_named_before_any_checkpoint(
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError(CUDA)
 
-    monkeypatch.setattr("fastpref.training.reference.scores.batch_logps", fails)
+    monkeypatch.setattr("fastpref.training.reference.scores.log_probs", fails)
     with pytest.raises(MemoryLimitError, match=r"out of memory in the reference pass: .*No checkpoint had been writ"):
         train(make_config(), model=make_model(), tokenizer=tokenizer, train_dataset=rows)
 

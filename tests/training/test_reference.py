@@ -34,14 +34,15 @@ Make = Callable[..., Any]
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The batches of the passes over the data that a test makes."""
     batches: list[Any] = []
-    compute = reference.batch_logps
+    compute = reference.log_probs
 
-    def spy(model: Any, batch: Any, *args: Any, **options: Any) -> Any:
+    def spy(*args: Any) -> Any:
         assert not torch.is_grad_enabled()
+        batch, policy = compute(*args)
         batches.append(batch)
-        return compute(model, batch, *args, **options)
+        return batch, policy
 
-    monkeypatch.setattr(reference, "batch_logps", spy)
+    monkeypatch.setattr(reference, "log_probs", spy)
     return batches
 
 
@@ -216,19 +217,19 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 ) -> None:
     whole = reference_of(batch_size=1, output_dir=str(tmp_path / "whole"))
     seen.clear()
-    counted = reference.batch_logps
+    counted = reference.log_probs
 
     def stopping(*args: Any, **options: Any) -> Any:
         if len(seen) == 2:
             raise KeyboardInterrupt
         return counted(*args, **options)
 
-    monkeypatch.setattr(reference, "batch_logps", stopping)
+    monkeypatch.setattr(reference, "log_probs", stopping)
     with pytest.raises(KeyboardInterrupt):
         reference_of(batch_size=1)
     done = rows_of(seen)
     assert 2 <= len(done) < 13
-    monkeypatch.setattr(reference, "batch_logps", counted)
+    monkeypatch.setattr(reference, "log_probs", counted)
     seen.clear()
     assert reference_of(batch_size=1) == whole
     assert sorted(rows_of(seen) + done) == list(range(13))
@@ -316,10 +317,10 @@ def test_bfloat16_has_a_cache_of_its_own(
     """Where autocast does something, that is; elsewhere it is float32 and may be taken as such."""
     reference_of()
     seen.clear()
-    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: False)
+    monkeypatch.setattr("fastpref.training.precision.multiplies_bf16_faster", lambda device: False)
     reference_of(precision="bf16")
     assert seen == []
-    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: True)
+    monkeypatch.setattr("fastpref.training.precision.multiplies_bf16_faster", lambda device: True)
     reference_of(precision="bf16")
     assert len(rows_of(seen)) == 13
     assert "with precision=fp32 (not bf16)" in said(capsys)[0]

@@ -38,10 +38,10 @@ def start(make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[s
 
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Have this process get signals while it computes the loss of a training step (counted from 1), just once."""
+    """Have this process get signals in a training step (counted from 1), just once."""
 
     def arrange(*signals: signal.Signals, step: int) -> None:
-        original, calls = loop.preference_loss, []
+        original, calls = loop.add_gradient, []
 
         def loss(*args: Any, **kwargs: Any) -> Any:
             calls.append(None)
@@ -50,7 +50,7 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Make:
                     os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(loop, "preference_loss", loss)
+        monkeypatch.setattr(loop, "add_gradient", loss)
 
     return arrange
 
@@ -105,7 +105,7 @@ def test_the_reference_pass_stops_at_once_and_the_next_run_goes_on(
     start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     straight = start(output_dir=str(tmp_path / "straight"))
-    original, calls = reference.batch_logps, []
+    original, calls = reference.log_probs, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -113,7 +113,7 @@ def test_the_reference_pass_stops_at_once_and_the_next_run_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "batch_logps", interrupted)
+    monkeypatch.setattr(reference, "log_probs", interrupted)
     result = start(batch_size=1)
     assert (result.stopped, result.step, len(calls)) == ("SIGTERM", 0, 2)
     assert checkpoint_folders(result.output_dir) == []

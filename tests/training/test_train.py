@@ -272,7 +272,7 @@ def test_bf16_that_this_cpu_only_emulates_is_left_out_everywhere_and_a_line_says
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Reference, steps, evaluation and samples."""
-    monkeypatch.setattr("fastpref.training.step.multiplies_bf16_faster", lambda device: faster)
+    monkeypatch.setattr("fastpref.training.precision.multiplies_bf16_faster", lambda device: faster)
     seen: set[bool] = set()
     model = make_model()
     model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))

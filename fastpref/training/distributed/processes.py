@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def make_accelerator() -> Accelerator:
     """Accelerate as this process was launched; a way of sharding that the loop cannot do is refused here."""
-    # No mixed precision of Accelerate's: forward.py enters autocast itself, and says why.
+    # No mixed precision of Accelerate's: step.py enters autocast itself, and says why.
     accelerator = Accelerator(mixed_precision="no")
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:

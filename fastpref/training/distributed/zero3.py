@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastpref.options import UsageError
 from fastpref.training.config import TrainConfig
-from fastpref.training.step import autocasts
+from fastpref.training.precision import autocasts
 
 
 def in_use(accelerator: Any) -> bool:

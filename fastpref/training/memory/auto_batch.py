@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from fastpref.losses import LossSpec, preference_loss
+from fastpref.losses import LossSpec
 from fastpref.memory import Meter
 from fastpref.tables import size_text
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.batches import BatchPlan
-from fastpref.training.distributed.processes import backward, is_sharded, micro_batch
-from fastpref.training.memory.offload import offloading
-from fastpref.training.memory.oom import MemoryLimitError, out_of_memory
+from fastpref.training.distributed.processes import is_sharded
+from fastpref.training.memory.oom import MemoryLimitError, out_of_memory, what_to_change
 from fastpref.training.run import Run
-from fastpref.training.step import batch_logps, reference_logps
+from fastpref.training.step import add_gradient
 
 SPARE = {"cuda": 0.05, "cpu": 0.10}  # of what is there; a CPU's allocations vary more, and it kills without a warning
 STRIDE = 8  # a CPU is not asked for more than so many times what was measured before it
@@ -83,8 +82,8 @@ def auto_batch(run: Run, model: Any, optimizer: Any) -> BatchPlan:
     found = (by_extrapolation if device == "cpu" else by_trial)(trials, most=share, limit=limit)
     if found.measured[found.pairs] > room:
         raise MemoryLimitError(
-            f"auto_batch: the longest pair alone ({plan.sizes.of(order[:1]):,} tokens) takes more than the "
-            f"{size_text(room)} that there are{trials.trouble}: set {_remedies(run.config)}"
+            f"auto_batch: the longest pair alone ({plan.sizes.of(order[:1]):,} tokens) needs more than the "
+            f"{size_text(room)} available{trials.trouble}. {what_to_change(run, pairs=1)}"
         )
     tokens = plan.batch_tokens
     if found.pairs < share:  # shorter pairs are more to a micro-batch: what it holds is counted in tokens
@@ -172,7 +171,10 @@ class _Trials:
             for parameter in trained:  # as in every micro-batch after the first
                 parameter.grad = torch.zeros_like(parameter)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                self._forward_and_backward([run.pairs[index] for index in self.order[:pairs]])
+                # As a micro-batch that is not a step's last, for which DDP's processes do not wait for each other: one
+                # may be out of memory. A sharded model knows no such way.
+                chunk = [run.pairs[index] for index in self.order[:pairs]]
+                add_gradient(run, self.model, chunk, scale=1 / pairs, last=is_sharded(run.accelerator))
             return self.meter.taken()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -188,17 +190,6 @@ class _Trials:
                 gc.collect()  # so that no cycle keeps them
             self.meter.end()
 
-    def _forward_and_backward(self, pairs: list[Any]) -> None:
-        run, config, accelerator = self.run, self.run.config, self.run.accelerator
-        batch = run.collate(pairs)
-        # As a micro-batch that is not a step's last, for which DDP's processes do not wait for each other: one may be
-        # out of memory. A sharded model knows no such way.
-        with micro_batch(accelerator, self.model, last=is_sharded(accelerator)):
-            with offloading(config, run.model, accelerator.device):
-                policy = batch_logps(self.model, batch, config, reduction=run.spec.reduction)
-            output = preference_loss(*policy, *reference_logps(batch, run.spec), **config.loss_arguments)
-            backward(accelerator, self.model, output.losses.sum() / len(pairs))
-
 
 def _everywhere(value: float, choose: Callable[[list[float]], float]) -> float:
     return choose(gather_object([value]))
@@ -210,8 +201,3 @@ def _describe(pairs: int, tokens: int | None) -> str:
 
 def _took(size: float) -> str:
     return "did not fit" if math.isinf(size) else f"took {size_text(size)}"
-
-
-def _remedies(config: TrainConfig) -> str:
-    wanted = [] if config.gradient_checkpointing else ["gradient_checkpointing"]
-    return " or ".join([*wanted, "a smaller max_length"])

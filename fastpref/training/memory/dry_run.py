@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from fastpref.tables import print_table, size_text
 from fastpref.training.data.tokens import Pair, Response
+from fastpref.training.memory.oom import what_to_change
 from fastpref.training.memory.plan import MemoryPlan, available_memory, plan_memory
 from fastpref.training.run import Run
 
@@ -175,20 +177,9 @@ def _print_memory(run: Run, report: DryRun, whose: str) -> None:
     if report.fits:
         print(f"the peak ({as_set}, as the options say) fits")
         return
-    print(f"THE PEAK ({as_set}, as the options say) DOES NOT FIT. What helps: {', '.join(_advice(run, report))}")
-
-
-def _advice(run: Run, report: DryRun) -> list[str]:
-    memory, advice = report.memory, []
-    checkpointed = memory.total(checkpointing=True)
-    if not memory.checkpointing and checkpointed is not None:
-        advice.append("gradient_checkpointing" + (" (fits)" if checkpointed <= report.available else ""))
-    if memory.micro_batch[0] > 1:
-        advice.append("a smaller batch_size with more gradient_accumulation_steps, batch_tokens or auto_batch")
-    if not run.config.lora_rank:
-        advice.append("lora_rank")
-    advice.append("a smaller max_length")
-    return advice
+    print(f"THE PEAK ({as_set}, as the options say) DOES NOT FIT. {what_to_change(run, pairs=pairs)}")
+    if not memory.checkpointing and (memory.total(checkpointing=True) or math.inf) <= report.available:
+        print("with gradient_checkpointing it fits")
 
 
 def show_pair(pair: Pair, tokenizer: Any, *, max_length: int, color: bool) -> list[str]:

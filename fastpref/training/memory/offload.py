@@ -40,8 +40,9 @@ def check_offload(config: TrainConfig, device: torch.device) -> None:
 
 
 def offloading(config: TrainConfig, model: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """The context for a training step's forward: it offloads where the options say so."""
-    return ActivationOffload(model, device) if config.offload_activations else nullcontext()
+    """The context for a forward: it offloads where the options say so, and there will be a backward."""
+    wanted = config.offload_activations and torch.is_grad_enabled()
+    return ActivationOffload(model, device) if wanted else nullcontext()
 
 
 class _Moved:

@@ -1,4 +1,4 @@
-"""Out of memory in a step, the reference pass or an evaluation: the sizes, and what to change, cheapest first."""
+"""Out of memory, or soon to be: the sizes, and what to change, cheapest first."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def explained(run: Run, doing: str, pairs: Sequence[Pair] = (), *, work: Work = 
         if isinstance(error, MemoryLimitError) or not out_of_memory(error):
             raise
         sizes = (_batch(run, pairs), _model(run), _allocated(run, error))
-        raise MemoryLimitError(f"out of memory in {doing}: {'; '.join(sizes)}. {_advice(run, pairs, work)}") from error
+        what = what_to_change(run, pairs=len(pairs), work=work)
+        raise MemoryLimitError(f"out of memory in {doing}: {'; '.join(sizes)}. {what}") from error
 
 
 def _batch(run: Run, pairs: Sequence[Pair]) -> str:
@@ -88,16 +89,20 @@ def _allocated(run: Run, error: BaseException) -> str:
     return f"{asked}, with {size_text(resident())} resident and {size_text(available())} left"
 
 
-def _advice(run: Run, pairs: Sequence[Pair], work: Work) -> str:
-    """What to change, in order of what it costs; only what would help here and is not set yet."""
+def what_to_change(run: Run, *, pairs: int, work: Work = "step") -> str:
+    """The remedies in order of what they cost; only those that would help here and are not set yet.
+
+    Args:
+        pairs: in the batch, 0 where it is not known.
+    """
     config, step, batch = run.config, work == "step", work != "update"
-    cut = run.spec.separable and len(pairs) != 1
+    cut = run.spec.separable and pairs != 1
     offload = run.accelerator.device.type != "cpu" and not config.offload_activations
     adapted = config.lora_rank > 0 or is_adapted(run.model)
     options = [
         (batch and config.logps != "linear", "logps=linear (the same numbers without logits)"),
         (step and cut and not config.auto_batch, "auto_batch (the same steps in smaller micro-batches)"),
-        (work == "forward" and len(pairs) != 1, f"a smaller batch_size (now {config.batch_size})"),
+        (work == "forward" and pairs != 1, f"a smaller batch_size (now {config.batch_size})"),
         (step and not config.gradient_checkpointing, "gradient_checkpointing (every layer computed twice)"),
         (batch and config.logps == "linear" and config.memory_budget is None, "a smaller memory_budget"),
         (step and offload, "offload_activations"),

@@ -21,8 +21,8 @@ from fastpref.models import SOFTCAPS
 from fastpref.training.data.collate import IGNORE, Batch
 from fastpref.training.distributed.processes import is_sharded
 from fastpref.training.memory.meta import on_meta
+from fastpref.training.precision import autocasts
 from fastpref.training.run import Run
-from fastpref.training.step import autocasts
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import os
 
 import torch
 
-from fastpref.losses import preference_loss
 from fastpref.training.checkpoints.durable import writing
 from fastpref.training.data.batches import cut
 from fastpref.training.distributed.processes import deal, is_sharded
 from fastpref.training.memory.oom import explained
 from fastpref.training.monitoring.metrics import keep_records, means, pair_sums, write_record, zero_sums
+from fastpref.training.precision import autocasts
 from fastpref.training.run import Run
-from fastpref.training.step import autocasts, batch_logps, reference_logps
+from fastpref.training.step import score
 
 SAMPLES = "samples.jsonl"
 
@@ -24,20 +24,19 @@ def evaluate(run: Run) -> dict[str, float]:
 
     A loss that does not separate by pair is computed a batch at a time, so its value depends on `batch_size`.
     """
-    config, spec, accelerator, device = run.config, run.spec, run.accelerator, run.accelerator.device
-    sums, has_penalty = zero_sums(device), spec.penalty is not None
+    spec, accelerator = run.spec, run.accelerator
+    sums, has_penalty = zero_sums(accelerator.device), spec.penalty is not None
     run.model.eval()
     with torch.no_grad(), run.console.bar("evaluation", len(run.eval_pairs), unit="pair") as bar:
         for indices, counts in deal(_batches(run), accelerator):
             chunk = [run.eval_pairs[index] for index in indices]
-            batch = run.collate(chunk)
             with explained(run, "an evaluation", chunk):
-                policy = batch_logps(run.model, batch, config, reduction=spec.reduction)
-            output = preference_loss(*policy, *reference_logps(batch, spec), **config.loss_arguments)
+                scored = score(run, run.model, chunk)
             if counts:
-                sums += pair_sums(output, *policy, batch.tokens)
+                sums += pair_sums(scored)
             # The other processes do about as much.
-            bar.advance(len(chunk) * accelerator.num_processes, tokens=batch.tokens * accelerator.num_processes)
+            tokens = scored.batch.tokens * accelerator.num_processes
+            bar.advance(len(chunk) * accelerator.num_processes, tokens=tokens)
     run.model.train()
     totals = accelerator.reduce(sums, "sum").tolist()
     return means(totals, loss_name=spec.name, has_penalty=has_penalty, prefix="eval_")

@@ -14,11 +14,10 @@ from torch import Tensor
 from fastpref.losses import coefficients
 from fastpref.training.data.tokens import Pair
 from fastpref.training.distributed.processes import backward, is_sharded
-from fastpref.training.memory.offload import offloading
 from fastpref.training.memory.oom import out_of_memory
 from fastpref.training.monitoring.nonfinite import SeenStep
 from fastpref.training.run import Run
-from fastpref.training.step import batch_logps
+from fastpref.training.step import log_probs
 
 # A norm explodes where it is FACTOR times what is usual and BEYOND times what has been. Where the step's loss is not
 # above the first step's it must also be SATURATED times what has been, or UNLIKE: so many standard deviations from the
@@ -187,16 +186,14 @@ def _norms_alone(
     weights: Tensor,  # (2, P): of the chosen and the rejected log-prob
 ) -> list[float]:
     """The norm of each pair's gradient; the run goes on as if nothing had been here: no gradient, no random number."""
-    config, device = run.config, run.accelerator.device
+    device = run.accelerator.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norms = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             for place, pair in enumerate(pairs):
-                batch = run.collate([pair])
-                with offloading(config, run.model, device):
-                    policy = torch.stack(batch_logps(model, batch, config, reduction=run.spec.reduction))  # (2, 1)
-                backward(run.accelerator, model, (policy * weights[:, place, None]).sum())
+                _, policy = log_probs(run, model, [pair])
+                backward(run.accelerator, model, (torch.stack(policy) * weights[:, place, None]).sum())
                 norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
                 for parameter in trained:
                     parameter.grad = None

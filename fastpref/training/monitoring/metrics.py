@@ -18,6 +18,7 @@ from fastpref.console import Console
 from fastpref.losses import LossSpec
 from fastpref.memory import peak
 from fastpref.training.checkpoints.durable import SaveError, new_file, writing
+from fastpref.training.step import Scored
 
 MEANS = (
     "loss",
@@ -34,8 +35,9 @@ PENALTY = ("penalty", "active_frac")
 COUNTS = ("pairs", "tokens")
 
 
-def pair_sums(output: Any, policy_chosen: Tensor, policy_rejected: Tensor, tokens: int) -> Tensor:
+def pair_sums(scored: Scored) -> Tensor:
     """Sums over a batch's pairs in the order of MEANS, PENALTY and COUNTS: one vector, on the device."""
+    batch, policy_chosen, policy_rejected, output = scored
     losses = output.losses.detach()
     penalty = output.penalty if output.penalty is not None else torch.zeros_like(losses)
     rows = torch.stack(
@@ -51,7 +53,7 @@ def pair_sums(output: Any, policy_chosen: Tensor, policy_rejected: Tensor, token
             (penalty != 0).to(losses.dtype),
         ]
     )
-    counts = torch.tensor([losses.numel(), tokens], dtype=sums_dtype(losses.device)).to(
+    counts = torch.tensor([losses.numel(), batch.tokens], dtype=sums_dtype(losses.device)).to(
         losses.device, non_blocking=True
     )
     return torch.cat([rows.to(counts.dtype).sum(1), counts])

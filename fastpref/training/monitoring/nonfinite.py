@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.training.step import Scored
+
 SHOWN = 32  # pairs an error message lists
 
 
@@ -36,10 +38,11 @@ class FiniteGuard:
     def begin(self, step: int) -> None:
         self._steps.append(SeenStep(step))
 
-    def see_batch(self, rows: list[int], losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+    def see_batch(self, scored: Scored) -> None:
         current = self._steps[-1]
-        current.rows.extend(rows)
-        current.values.append(torch.stack([losses.detach(), chosen.detach(), rejected.detach()]))
+        current.rows.extend(scored.batch.rows)
+        values = (scored.output.losses, scored.chosen, scored.rejected)
+        current.values.append(torch.stack([value.detach() for value in values]))
 
     def see_gradient(self, norm: Tensor) -> None:
         current = self._steps[-1]

@@ -17,6 +17,7 @@ from fastpref.training.data.batches import cut
 from fastpref.training.data.tokens import Pair
 from fastpref.training.distributed.processes import deal
 from fastpref.training.memory.oom import explained
+from fastpref.training.precision import autocasts
 from fastpref.training.reference.cache import (
     CHOSEN,
     REJECTED,
@@ -30,7 +31,7 @@ from fastpref.training.reference.cache import (
 from fastpref.training.reference.key import ReferenceKey, pair_digest, text_digest, tokenizer_digest
 from fastpref.training.reference.model import Reference
 from fastpref.training.run import Run
-from fastpref.training.step import autocasts, batch_logps
+from fastpref.training.step import log_probs
 
 # Without backward a batch may be larger than a training micro-batch: so many times the pairs, so many times the tokens.
 MORE_PAIRS, MORE_TOKENS = 4, 2
@@ -107,9 +108,8 @@ def compute_reference(run: Run, pairs: Mapping[str, Pair], *, key: ReferenceKey)
     with torch.no_grad(), run.console.bar("reference log-probs", len(ordered), unit="pair") as bar:
         for mine, counts in deal(batches, accelerator):
             chunk = [ordered[index] for index in mine]
-            batch = run.collate(chunk)
             with explained(run, "the reference pass", chunk):
-                both = batch_logps(run.model, batch, run.config, reduction=run.spec.reduction)
+                batch, both = log_probs(run, run.model, chunk)
             found = torch.stack(both, dim=1)  # (P, 2)
             if counts:
                 values[mine[0] : mine[-1] + 1] = found
