@@ -107,6 +107,8 @@ def _file_arguments(name: str) -> list[str]:
         elif value is None:
             if known[key] is not None:
                 raise UsageError(f"{key} is empty; leave it out for its default, {known[key]!r}")
+        elif isinstance(value, list) and list[str] in takes:
+            arguments += [f"--{key}", *map(str, value)]
         elif isinstance(value, list) or (isinstance(value, dict) and dict[str, Any] not in takes):
             raise UsageError(f"{key} must be one value, got {describe(value)}; names are separated by commas")
         elif isinstance(value, bool) and bool not in takes and key != "resume":

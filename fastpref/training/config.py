@@ -169,6 +169,12 @@ class TrainConfig:
     logging_every: int | None = _option(
         None, "Steps between metric records; by default a hundredth of the run, at least 1 and at most 10.", minimum=1
     )
+    report_to: list[str] | str | None = _option(  # noqa: RUF009
+        None,
+        "Trackers that get the metrics, by Accelerate's names: tensorboard, wandb, trackio and so on, all or none; by "
+        "default tensorboard where it is installed.",
+        parser={"nargs": "+"},
+    )
     seed: int = _option(0, "Seed of random weights, of the order of the data and of dropout.", minimum=0)
     output_dir: str | None = _option(
         None,
@@ -237,6 +243,9 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
             raise TypeError(f"{name} must be a whole number, got {describe(value)}")
         if value < bounds["minimum"]:
             raise ValueError(f"{name} must be at least {bounds['minimum']}, got {value}")
+    elif list[str] in kinds and isinstance(value, (list, tuple)):
+        if not value or not all(isinstance(part, str) and part.strip() for part in value):
+            raise TypeError(f"{name} must be a name or a list of names, got {describe(value)}")
     elif dict[str, Any] not in kinds and not (isinstance(value, str) and value.strip()):
         raise TypeError(
             f"{name} must be a non-empty string{' or None' * (option.default is None)}, got {describe(value)}"

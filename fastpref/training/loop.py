@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from fastpref.checks import describe
 from fastpref.training.adapters import say_how_to_merge
 from fastpref.training.checkpoints.durable import SaveError, full_disk_noticed, writing
 from fastpref.training.checkpoints.run_folder import describe_run, write_listing
@@ -32,9 +34,10 @@ from fastpref.training.monitoring.metrics import MetricLog, Window, means, pair_
 from fastpref.training.monitoring.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.monitoring.plots import Clock, draw
 from fastpref.training.monitoring.stopping import Stopped, StopSignals
+from fastpref.training.monitoring.trackers import tracking
 from fastpref.training.prepare import prepare
 from fastpref.training.reference.scores import add_reference
-from fastpref.training.run import Run
+from fastpref.training.run import Callback, Run
 from fastpref.training.step import add_gradient
 
 
@@ -64,6 +67,7 @@ def train(
     tokenizer: Any = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a causal language model on preference pairs.
 
@@ -75,12 +79,14 @@ def train(
             rejected (strings, or message lists; the prompt may be implicit), instead of `config.dataset` and
             `config.eval_dataset`. The reference's log-probs are taken from the columns ref_chosen_logps and
             ref_rejected_logps where they exist.
+        callbacks: functions that are called with the step and a dict of metrics, by every process, when a record is
+            written: of training (see `logging_every`), and with eval_ before the names of an evaluation.
 
     A name or path in place of an object (`model="folder"`) sets the config's option of that name.
 
-    The run folder holds metrics.jsonl, curves.png, TensorBoard events, samples.jsonl, the checkpoints and, at
-    the end, the trained model in `model`. Where the chosen reward falls below zero with the loss, or gradients explode,
-    a line says so once, with the rows and what to change: in `TrainResult.advice` and advice.jsonl too.
+    The run folder holds metrics.jsonl, curves.png, TensorBoard events (see `report_to`), samples.jsonl, the checkpoints
+    and, at the end, the trained model in `model`. Where the chosen reward falls below zero with the loss, or gradients
+    explode, a line says so once, with the rows and what to change: in `TrainResult.advice` and advice.jsonl too.
 
     SIGTERM or Ctrl-C stops the run after the step it is at, with a checkpoint: see `TrainResult.stopped`. A second one
     acts as always. (In the main thread, that is; signals do not reach another.)
@@ -92,7 +98,10 @@ def train(
         MemoryLimitError: memory did not suffice; the message has sizes and remedies, and the checkpoints stay.
         SaveError: a file could not be written, be the disk full; the checkpoints stay.
     """
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks must be a list of functions of step and metrics, got {describe(callbacks)}")
     run = prepare(config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    run.callbacks = callbacks
     return train_run(run)
 
 
@@ -102,7 +111,7 @@ def train_run(run: Run) -> TrainResult:
         return TrainResult(run.output_dir, run.model, 0, [], dry_run=dry_run(run))
     with StopSignals(run.accelerator) as signals:
         try:
-            with full_disk_noticed(run.output_dir):
+            with full_disk_noticed(run.output_dir), tracking(run):
                 with signals.at_once():  # the reference's log-probs keep themselves
                     loop = _Loop(run)
                 return loop.train(signals)
@@ -144,7 +153,7 @@ class _Loop:
         describe_run(run)
         run.model.train()
         with (
-            MetricLog(run.output_dir, run.console, start=run.kept, evaluated=self.evaluated) as log,
+            MetricLog(run, evaluated=self.evaluated) as log,
             run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
             prepare_samples(run, run.kept, evaluated=self.evaluated)

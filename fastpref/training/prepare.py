@@ -39,6 +39,7 @@ from fastpref.training.memory.meta import build_on_meta
 from fastpref.training.memory.offload import check_offload
 from fastpref.training.memory.plan import check_budget
 from fastpref.training.monitoring.metrics import check_best
+from fastpref.training.monitoring.trackers import tracker_names
 from fastpref.training.precision import autocasts
 from fastpref.training.run import Run
 
@@ -65,6 +66,7 @@ def prepare(
     _check_cache(config)
     spec = _check_loss(config, accelerator.num_processes)
     check_auto_batch(config, spec, accelerator.distributed_type.name)
+    trackers = tracker_names(config, say=console.say)
     torch.manual_seed(config.seed)
     folder, claim = claim_folder(config, accelerator)  # before anything is loaded
     config = dataclasses.replace(config, output_dir=str(folder))
@@ -74,7 +76,7 @@ def prepare(
         run = _load(config, accelerator, console, spec, claim, given)
         undo.callback(run.release)
         check_budget(run)
-        run = _with_checkpoint(run)
+        run = dataclasses.replace(_with_checkpoint(run), trackers=trackers)
         undo.pop_all()
         return run
 

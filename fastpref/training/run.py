@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ FIXED_ON_RESUME = (
     "disable_dropout", "seed", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head",
     "reference_model",
 )  # fmt: skip
+
+Callback = Callable[[int, dict[str, Any]], object]  # gets the step and the record's metrics
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Run:
     claim: Claim | None  # of that folder, on the main process; None for a dry run
     checkpoint: Path | None  # to resume from
     state: dict[str, Any] | None  # of that checkpoint
+    trackers: Sequence[str] = ()  # by their names in Accelerate
+    callbacks: Sequence[Callback] = ()
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """Pairs as a batch on this process's device, laid out as the run lays them out."""

@@ -53,7 +53,7 @@ def test_a_help_text_waits_for_neither_torch_nor_transformers(arguments: tuple[s
         ("--per_device_train_batch_size 2", "--batch_size"),
         ("--per-device-train-batch-size=2", "--batch_size"),
         ("--num_train_epochs 3", "--epochs"),
-        ("--report_to none", "TensorBoard"),
+        ("--log_with wandb", "--report_to"),
         ("--lam 5", "loss_options"),
         ("--bf16", "precision"),
         ("--bta 0.2", "'--beta'"),

@@ -1,4 +1,4 @@
-"""Metrics: sums on the device, gathered and divided at a logging step; records to JSONL and TensorBoard."""
+"""Metrics: sums on the device, gathered and divided at a logging step; records to metrics.jsonl and callbacks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.console import Console
 from fastpref.losses import LossSpec
 from fastpref.memory import peak
 from fastpref.training.checkpoints.durable import SaveError, new_file, writing
+from fastpref.training.monitoring.trackers import TENSORBOARD
+from fastpref.training.run import Run
 from fastpref.training.step import Scored
 
 MEANS = (
@@ -166,40 +166,31 @@ def write_record(file: Any, record: dict[str, Any]) -> None:
 
 
 class MetricLog(AbstractContextManager["MetricLog"]):
-    """The records of a run: `history`; the same in metrics.jsonl and TensorBoard, from the main process.
+    """The records of a run: `history`; the same in metrics.jsonl, from the main process, to trackers and callbacks.
 
     Raises:
         SaveError: a record could not be written.
     """
 
-    def __init__(self, folder: Path, console: Console, *, start: int, evaluated: bool = True) -> None:
-        self._path = folder / "metrics.jsonl"
-        self.history = keep_records(self._path, start=start, evaluated=evaluated, cut=console.main)
+    def __init__(self, run: Run, *, evaluated: bool = True) -> None:
+        self._run, self._path = run, run.output_dir / "metrics.jsonl"
+        main = run.accelerator.is_main_process
+        self.history = keep_records(self._path, start=run.kept, evaluated=evaluated, cut=main)
         self._file: Any = None
-        self._board: Any = None
-        if not console.main:
-            return
-        with writing(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
-        if find_spec("tensorboard") is None:
-            console.say('tensorboard is not installed, so there is no event file: pip install "fastpref[train]"')
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = folder / "tensorboard"
-            with writing(board):
-                self._board = SummaryWriter(str(board), purge_step=start + 1 if start else None)
+        if main:
+            with writing(self._path):
+                self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self._file is not None:
             with writing(self._path):
                 write_record(self._file, record)
-        if self._board is not None:
-            with writing(self._path.with_name("tensorboard")):  # its writer is a thread: the record before this one
-                for name, value in record.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, record["step"])
+        step, metrics = record["step"], {name: value for name, value in record.items() if name != "step"}
+        with writing(self._path.with_name(TENSORBOARD)):  # its writer is a thread: it may be the record before this one
+            self._run.accelerator.log(metrics, step=step)
+        for callback in self._run.callbacks:
+            callback(step, dict(metrics))
 
     def sync(self) -> None:
         """Put the records on the disk, as the checkpoint that follows them will be."""
@@ -209,7 +200,6 @@ class MetricLog(AbstractContextManager["MetricLog"]):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # What fails on the way out of an error has the same cause, and must not hide it.
-        for log in (self._file, self._board):
-            with nullcontext() if error is None else suppress(SaveError), writing(self._path):
-                if log is not None:
-                    log.close()
+        with nullcontext() if error is None else suppress(SaveError), writing(self._path):
+            if self._file is not None:
+                self._file.close()
