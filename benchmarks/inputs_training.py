@@ -45,7 +45,7 @@ def _write_initial(case: TrainingCase, folder: Path, tokenizer: Any) -> None:
 def _real(case: TrainingCase, data: Path) -> tuple[list[dict[str, Any]], Any]:
     from transformers import AutoTokenizer
 
-    from fastpref.training.data.formats import DEFAULT_CHAT_TEMPLATE
+    from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE
 
     for path in (data / PAIRS_FILE, data / TOKENIZER_FOLDER):
         if not path.exists():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref.checks import describe
 from fastpref.training.adapters import choose_trained
 from fastpref.training.config import TrainConfig
-from fastpref.training.data.formats import DEFAULT_CHAT_TEMPLATE, read_chat_template
+from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
 from fastpref.training.memory.oom import out_of_memory
 
 # A trial model for a CPU: GPT-2's shape, and with its tokenizer almost all of the time goes into the vocabulary.

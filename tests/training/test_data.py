@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastpref.training.data.formats import DEFAULT_CHAT_TEMPLATE
+from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE
 from fastpref.training.data.tokens import Pair, Response, tokenize_rows
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -189,36 +189,6 @@ def test_chinese_text_goes_through_and_back(tokenizer: Any) -> None:
     assert tokenizer.decode(pair.prompt.tolist()) == "天空是什么颜色？"
     assert tokenizer.decode(pair.chosen.ids.tolist()) == "天空是什么颜色？蓝色。<|end|>"
     assert scored(pair.rejected, tokenizer).endswith("也许。<|end|>")
-
-
-REWRITES = (
-    "{% for m in messages %}{{ m['role'] if loop.last else 'earlier ' ~ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-def test_a_template_that_rewrites_the_prompt_is_an_error_naming_the_row(tokenizer: Any) -> None:
-    row = {"prompt": [user("ask")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
-    with pytest.raises(ValueError, match=r"row 2: the chat template rewrites the prompt once the chosen response"):
-        tokenize_rows([row] * 3, _KeepsFirst(tokenizer), max_length=64)
-
-
-class _KeepsFirst:
-    """A tokenizer whose first rows render with a template that keeps the prompt: the third row is the one to name."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.calls = inner, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.inner(*arguments, **options)
-
-    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
-        self.calls += 1
-        template = DEFAULT_CHAT_TEMPLATE if self.calls <= 6 else REWRITES
-        return self.inner.apply_chat_template(*arguments, chat_template=template, **options)
 
 
 TEXT = {"prompt": "a", "chosen": "b", "rejected": "c"}

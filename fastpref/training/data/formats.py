@@ -1,4 +1,4 @@
-"""From rows to text: the dataset formats, implicit prompts, the chat template.
+"""From rows to text: the dataset formats and implicit prompts.
 
 A row holds `chosen` and `rejected`, and `prompt` unless both responses start with it (an implicit prompt).
 All of them are strings (plain text), or all are lists of messages, dicts with `role` and `content`
@@ -8,21 +8,10 @@ All of them are strings (plain text), or all are lists of messages, dicts with `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastpref.checks import describe
-
-# For a tokenizer without a template. Each turn is "Role: text"; turns are parted by an empty line, and an
-# assistant's turn ends with the end-of-sequence token, which is how a model learns to stop.
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
+from fastpref.training.data.templates import ChatTemplate, check_tool_calls, common_prefix, leaves_out
 
 # Columns that change what TRL trains on. Leaving them out would train on something else without a word.
 UNSUPPORTED_COLUMNS = ("tools", "images", "image", "chat_template_kwargs")
@@ -37,44 +26,36 @@ class RenderedPair(NamedTuple):
     rejected: str
     conversational: bool
     other_turns: bool = False  # a response holds messages that are not the assistant's
+    rewritten: bool = False  # the prompt's end is not the same once a response follows
+    left_out: bool = False  # the chat template leaves out text of a response
 
 
-def render_row(row: Any, index: int, tokenizer: Any) -> RenderedPair:
+def render_row(row: Any, index: int, template: ChatTemplate) -> RenderedPair:
     """One dataset row as text; errors name the row by its index."""
     prompt, chosen, rejected = _columns(row, index)
     if isinstance(chosen, str):
         return RenderedPair(index, prompt, prompt + chosen, prompt + rejected, conversational=False)
-    rendered = _render(tokenizer, prompt, index, add_generation_prompt=True)
+    rendered = template.render(prompt, index, add_generation_prompt=True)
     texts = []
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if not response or response[0]["role"] != "assistant":
             got = f"a {response[0]['role']!r} message" if response else "no message"
             raise ValueError(f"row {index}: {name} must start with an 'assistant' message, got {got} after the prompt")
-        text = _render(tokenizer, [*prompt, *response], index, add_generation_prompt=False)
-        if not text.startswith(rendered):
-            raise ValueError(
-                f"row {index}: the chat template rewrites the prompt once the {name} response follows it, so "
-                f"that the response's start cannot be told: the prompt renders as ...{rendered[-60:]!r}, and "
-                f"there the whole reads ...{text[max(len(rendered) - 60, 0) : len(rendered)]!r}; use a "
-                "chat_template that keeps the prompt as it is"
-            )
-        texts.append(text)
-    other_turns = any(message["role"] != "assistant" for message in [*chosen, *rejected])
-    return RenderedPair(index, rendered, texts[0], texts[1], conversational=True, other_turns=other_turns)
+        texts.append(template.render_response(prompt, response, name, index, rendered))
+    return RenderedPair(
+        index,
+        rendered,
+        texts[0],
+        texts[1],
+        conversational=True,
+        other_turns=any(message["role"] != "assistant" for message in [*chosen, *rejected]),
+        rewritten=not all(text.startswith(rendered) for text in texts),
+        left_out=leaves_out(texts[0], chosen) or leaves_out(texts[1], rejected),
+    )
 
 
 def has_messages(row: Any) -> bool:
     return isinstance(row, Mapping) and isinstance(row.get("chosen"), list)
-
-
-def read_chat_template(value: str) -> str:
-    """The template's text: the option is the text itself, or the path of a file that holds it."""
-    if "{" in value or "\n" in value:
-        return value
-    path = Path(value)
-    if not path.is_file():
-        raise ValueError(f"chat_template is neither Jinja text nor a file: {value!r}")
-    return path.read_text(encoding="utf-8")
 
 
 def _columns(row: Any, index: int) -> tuple[Any, Any, Any]:
@@ -107,28 +88,15 @@ def _columns(row: Any, index: int) -> tuple[Any, Any, Any]:
     return chosen[:common], chosen[common:], rejected[common:]
 
 
-def common_prefix(a: Any, b: Any) -> int:
-    """How many leading items (characters, messages, tokens) two sequences share."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
 def _check_messages(messages: list[Any], name: str) -> None:
     if not messages:
         raise ValueError(f"{name} is an empty list of messages")
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"{name}[{place}] must be a dict with 'role' and 'content', got {describe(message)}")
+        if message.get("tool_calls"):
+            check_tool_calls(message, f"{name}[{place}]")
+            if message.get("content") is None:
+                continue
         if not isinstance(message.get("content"), str):
             raise TypeError(f"{name}[{place}]['content'] must be a string, got {describe(message.get('content'))}")
-
-
-def _render(tokenizer: Any, messages: list[Any], index: int, *, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template may raise anything, jinja2's own errors included: name the row
-        raise ValueError(f"row {index}: the chat template fails: {type(error).__name__}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.models import shared_length
-from fastpref.training.data.formats import RenderedPair, common_prefix, render_row
+from fastpref.training.data.formats import RenderedPair, render_row
+from fastpref.training.data.templates import ChatTemplate, common_prefix
 
 CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's threads busy
 
@@ -56,6 +58,8 @@ class PairSet:
     empty: list[int] = field(default_factory=list)
     truncated: int = 0
     other_turns: int = 0
+    rewritten: Counter[str] = field(default_factory=Counter)  # ends of prompts that their responses do not follow
+    left_out: list[int] = field(default_factory=list)
 
     def report(self, name: str, max_length: int) -> list[str]:
         """Lines for the user: nothing is dropped or cut without being counted."""
@@ -74,6 +78,18 @@ class PairSet:
                 f"{name}: {self.other_turns} rows have turns other than the assistant's in a response; all "
                 "of a response's tokens are scored"
             )
+        if self.rewritten:
+            end, count = self.rewritten.most_common(1)[0]
+            lines.append(
+                f"{name}: in {self.rewritten.total()} rows the chat template rewrites the end of the prompt where a "
+                f"response follows ({end!r} in {count}): that end is left out, and a response is scored from there on, "
+                "but generating starts after it"
+            )
+        if self.left_out:
+            lines.append(
+                f"{name}: in {len(self.left_out)} rows the chat template leaves out text of a response, such as its "
+                f"reasoning, so that it is not trained: {_some(self.left_out)}"
+            )
         return lines
 
 
@@ -81,7 +97,8 @@ def tokenize_rows(rows: Sequence[Any], tokenizer: Any, *, max_length: int, name:
     """Tokenise every row of a dataset.
 
     The prompt and the prompt with its response are tokenised apart, and the border is their longest common
-    token prefix: where a token spans the end of the prompt, it counts as the response's. Plain text gets what
+    token prefix: where a token spans the end of the prompt, it counts as the response's, and where a chat template
+    rewrites the generation prompt before a response, the response begins there. Plain text gets what
     the tokenizer adds (a BOS where it is made so, never two) and an end-of-sequence token if it has none yet;
     a chat template has written its own. Sequences are cut at their end to `max_length` tokens. A row is
     dropped when either response is left without a token that can be scored.
@@ -91,9 +108,10 @@ def tokenize_rows(rows: Sequence[Any], tokenizer: Any, *, max_length: int, name:
     """
     result = PairSet(pairs=[], rows=len(rows))
     first: tuple[bool, bool] | None = None
+    template = ChatTemplate.of(tokenizer)
     for begin in range(0, len(rows), CHUNK):
         chunk = [(index, rows[index]) for index in range(begin, min(begin + CHUNK, len(rows)))]
-        rendered = [render_row(row, index, tokenizer) for index, row in chunk]
+        rendered = [render_row(row, index, template) for index, row in chunk]
         references = [_given_reference(row, index) for index, row in chunk]
         for text, reference in zip(rendered, references, strict=True):
             kind = (text.conversational, reference is not None)
@@ -139,6 +157,10 @@ def _encode(
         else:
             result.truncated += sum(len(ids) > max_length for ids, _ in responses)
             result.other_turns += text.other_turns
+            if text.rewritten:
+                result.rewritten[tokenizer.decode(prompt[min(start for _, start in responses) :])] += 1
+            if text.left_out:
+                result.left_out.append(text.row)
             parts = [Response(np.array(ids[:max_length], dtype=np.int32), start) for ids, start in responses]
             # Where a token spans the prompt's end, a sample starts before it.
             shared = np.array(prompt[: min(start for _, start in responses)], dtype=np.int32)
