@@ -133,12 +133,24 @@ def test_the_end_of_a_prompt_that_a_response_does_not_follow_is_cut_off_counted_
 
 
 @pytest.mark.parametrize(
-    "template", [SYSTEM_LAST, TURNS.replace("role'] }", "role'] if loop.last else 'earlier' }") + START]
+    "template",
+    [SYSTEM_LAST, TURNS.replace("role'] }", "role'] if loop.last else 'earlier' }") + START, TURNS + " " + START],
+    ids=["a system message", "the user's role", "the response's header"],
 )
-def test_a_template_that_rewrites_a_message_of_the_prompt_is_refused(template: str) -> None:
+def test_a_template_that_rewrites_the_prompt_so_that_it_would_be_scored_is_refused(template: str) -> None:
     row = {**PAIR, "prompt": [turn("system", "Be brief."), *PAIR["prompt"]]}
-    with pytest.raises(ValueError, match=r"row 0: .* rewrites the prompt's messages once the chosen response follows"):
+    with pytest.raises(
+        ValueError, match=r"row 0: .* rewrites the prompt once the chosen response follows, so that \d+"
+    ):
         prepared(template, row)
+
+
+def test_a_question_of_a_role_that_the_template_passes_over_is_refused() -> None:
+    template = TURNS.replace("in messages", "in messages if m['role'] in ('user', 'assistant')") + START
+    with pytest.raises(
+        ValueError, match="row 1: the chat template leaves out the last message of the prompt, of the r"
+    ):
+        prepared(template, PAIR, {**PAIR, "prompt": [turn("human", QUESTION)]})
 
 
 def test_earlier_thinking_that_a_template_takes_out_leaves_the_border_where_it_is() -> None:

@@ -35,7 +35,7 @@ def render_row(row: Any, index: int, template: ChatTemplate) -> RenderedPair:
     prompt, chosen, rejected = _columns(row, index)
     if isinstance(chosen, str):
         return RenderedPair(index, prompt, prompt + chosen, prompt + rejected, conversational=False)
-    rendered = template.render(prompt, index, add_generation_prompt=True)
+    rendered = template.render_prompt(prompt, index)
     texts = []
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if not response or response[0]["role"] != "assistant":

@@ -76,26 +76,46 @@ class ChatTemplate:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template may raise anything, jinja2's own errors included: name the row
-            raise ValueError(f"row {index}: the chat template fails: {type(error).__name__}: {error}") from error
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"row {index}: the chat template fails: {type(error).__name__}: {error}; the messages are of {roles}: "
+                "change the row or set another chat_template"
+            ) from error
+
+    def render_prompt(self, prompt: list[Any], index: int) -> str:
+        """The prompt as text, with the generation prompt.
+
+        Raises:
+            ValueError: the template fails, or leaves out the last message, as many do with roles they do not know.
+        """
+        text, last = self.render(prompt, index, add_generation_prompt=True), prompt[-1]
+        if last["role"] not in ("assistant", "tool") and leaves_out(text, [last]):
+            raise ValueError(
+                f"row {index}: the chat template leaves out the last message of the prompt, of the role "
+                f"{last['role']!r}: give it a role that the template renders, such as 'user', or set another "
+                "chat_template"
+            )
+        return text
 
     def render_response(self, prompt: list[Any], response: list[Any], name: str, index: int, rendered: str) -> str:
         """Prompt and response as text, where `rendered` is the prompt with the generation prompt.
 
-        Many templates end the generation prompt otherwise than they begin a response (with "<think>", say). That is
-        left to the caller, who cuts at the common prefix. What stands before the generation prompt must stay.
+        Some templates end the generation prompt otherwise than they begin a response (with "<think>", say). That is
+        left to the caller, who cuts at the common prefix; all that stands before must stay.
 
         Raises:
-            ValueError: the template fails, rewrites a message of the prompt, or ignores a tool call.
+            ValueError: the template fails, ignores a tool call, or rewrites what would be scored as response then.
         """
         text = self.render([*prompt, *response], index)
         if not text.startswith(rendered):
             border, messages_end = (common_prefix(rendered, other) for other in (text, self.render(prompt, index)))
-            if rendered[border:messages_end].strip():
+            end = rendered[border:].strip()
+            if rendered[border:messages_end].strip() or (end and text[border:].lstrip().startswith(end)):
                 raise ValueError(
-                    f"row {index}: the chat template rewrites the prompt's messages once the {name} response follows, "
-                    f"so that {messages_end - border} characters of them would be scored as response: the prompt "
-                    f"renders as {_around(rendered, border)}, and with the response as {_around(text, border)}; use a "
-                    "chat_template that keeps the prompt's messages as they are"
+                    f"row {index}: the chat template rewrites the prompt once the {name} response follows, so that "
+                    f"{len(rendered) - border} characters of it would be scored as response: the prompt renders as "
+                    f"{_around(rendered, border)}, and with the response as {_around(text, border)}; use a "
+                    "chat_template that keeps the prompt as it is"
                 )
         self._check_calls_shown(prompt, response, name, index)
         return text
