@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 from fastpref.training.data.tokens import PairSet, Response, data_digest, tokenize_rows
+from fastpref.training.reference.key import text_digest
 
 Row = dict[str, Any]
 
@@ -224,6 +225,14 @@ def test_a_template_that_reads_content_in_parts_gets_parts() -> None:
     result, tokenizer = prepared(template, PAIR)
     assert scored(result.pairs[0].chosen, tokenizer) == "It is blue.<|end|>"
     assert ChatTemplate.of(tokenizer).parts
+
+
+def test_a_tokenizer_with_several_templates_renders_by_its_default_and_has_a_digest_of_all() -> None:
+    tokenizer = tokenizer_for(TURNS + START)
+    tokenizer.chat_template = {"default": TURNS + START, "tool_use": CALLS_AS_DICT}
+    pair = tokenize_rows([PAIR], tokenizer, max_length=1000).pairs[0]
+    assert scored(pair.chosen, tokenizer) == "It is blue.<|end|>"
+    assert text_digest(tokenizer.chat_template) != text_digest({"default": TURNS + START, "tool_use": CALLS_AS_TEXT})
 
 
 def test_ordinary_conversations_are_prepared_as_ever() -> None:

@@ -59,8 +59,9 @@ class ReferenceKey:
         ]
 
 
-def text_digest(text: str | None) -> str:
-    return hashlib.sha256((text or "").encode()).hexdigest()
+def text_digest(text: str | dict[str, str] | None) -> str:
+    """SHA-256 of a text, or of a tokenizer's several templates by their names."""
+    return hashlib.sha256(str(text or "").encode()).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
