@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastpref
 from fastpref.linear import plan as planner
-from fastpref.linear import preference, tokens
+from fastpref.linear import preference, products, tokens
 from fastpref.linear.rows import find_rows
 from fastpref.linear.tokens import LinearTokenLogps, Request
 from fastpref.tiled import Transform
@@ -121,3 +121,63 @@ def test_a_callable_that_returns_integers_and_an_empty_reduction_are_refused() -
         fastpref.linear_preference_loss(hidden, weight, labels, loss=lambda c, *_: (c > 0).int())
     with pytest.raises(ValueError, match="reduction must be one of mean, sum"):
         fastpref.linear_preference_loss(hidden, weight, labels, reduction="", loss="simpo")
+
+
+@pytest.mark.numeric
+def test_what_the_process_allows_float32_products_does_not_reach_a_float32_head() -> None:
+    """Nor is the setting another one afterwards. (On a CPU it reaches products where there are bfloat16 units.)"""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 33, 64, generator=generator), torch.randn(83, 64, generator=generator)
+    labels = torch.randint(83, (2, 33), generator=generator)
+
+    def values_and_gradients() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        values = fastpref.linear_token_logps(*leaves, labels)
+        return [values, *torch.autograd.grad(values.sum(), leaves)]
+
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, expected = settings.fp32_precision, values_and_gradients()
+    try:
+        settings.fp32_precision = "bf16"
+        found = values_and_gradients()
+        assert settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_torch_that_cannot_add_a_product_to_wider_sums_takes_two_steps(
+    fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: torch's operators are replaced by ones that take `out_dtype` on this device."""
+    plain = {"mm": torch.mm, "addmm": torch.addmm}
+
+    def mm(
+        a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return plain["mm"](a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def addmm(
+        add: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype, out: torch.Tensor
+    ) -> torch.Tensor:
+        if not fuses:
+            raise RuntimeError("self.dtype() must be that of the operands")
+        return plain["addmm"](add, a.to(out_dtype), b.to(out_dtype), out=out)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    products.adds_wider.cache_clear()
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    try:
+        a = torch.randn(5, 7).bfloat16()
+        out = torch.ones(5, 3)
+        b = torch.randn(7, 3).bfloat16()
+        products.multiply(a.as_subclass(OnGpu), b, out, add=True)
+        assert products.adds_wider(a.device, a.dtype) is fuses
+        torch.testing.assert_close(out, 1 + a.float() @ b.float(), rtol=1e-6, atol=1e-6)
+    finally:
+        products.adds_wider.cache_clear()

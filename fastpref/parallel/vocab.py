@@ -8,6 +8,7 @@ vocabulary-parallel cross-entropy, Shoeybi et al. 2019, https://arxiv.org/abs/19
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,10 @@ class VocabShards(NamedTuple):
 
     def owner(self, labels: Tensor) -> Tensor:  # the shape of labels, int64
         """The rank that holds each label, −1 for one outside [0, V)."""
-        ends = torch.tensor(self.sizes, device=labels.device).cumsum(0)
-        rank = torch.searchsorted(ends, labels.long().contiguous(), right=True)
+        # Compared with numbers: a tensor of the parts' ends would be copied from the host, which waits for the device.
+        rank = torch.zeros_like(labels, dtype=torch.int64)
+        for end in accumulate(self.sizes):
+            rank += labels >= end
         return torch.where((labels >= 0) & (labels < self.vocab), rank, -1)
 
 
