@@ -46,10 +46,11 @@ def token_values(
     if rows.squares is not None:
         log_sum_sq_probs = at_labels(rows.squares.log() - 2.0 * log_total)
     return TokenValues(
-        at_labels((rows.target - rows.maximum) - log_total),
+        # A kernel may round the label's z otherwise than the maximum, and leave it above that. (NaN stays NaN.)
+        at_labels(((rows.target - rows.maximum) - log_total).clamp(max=0.0)),
         entropy,
         mean_logits,
-        at_labels((rows.target == rows.maximum) & ~rows.total.isnan()),
+        at_labels((rows.target >= rows.maximum) & ~rows.total.isnan()),
         log_sum_sq_probs,
     )
 

@@ -107,6 +107,8 @@ def token_logps_forward_kernel(
     valid = (label >= 0) & (label < V)
     x = tl.load(start + label, mask=scored & valid, other=0.0)
     logp = (transformed(x, inner, inner_low, outer, outer_low, HAS_SOFTCAP, EXACT) - top) - tl.log(total)
+    # Multiply and add may be one rounding in the loop and two here: the label's z may come out above the maximum.
+    logp = tl.where(logp > 0.0, 0.0, logp)
 
     # A label outside [0, V) makes value and gradient NaN: loud, and without the host having to wait.
     wrong = scored & (valid == 0)

@@ -10,6 +10,8 @@ from helpers import slow_interpreted
 import fastpref
 from fastpref import ops, reference
 from fastpref.extras import EXTRAS
+from fastpref.parallel.vocab import RowStatistics
+from fastpref.token_values import token_values
 
 B, T = 3, 6
 EPS = torch.finfo(torch.float32).eps
@@ -277,3 +279,14 @@ def test_a_label_outside_the_vocabulary_raises(backend):
     labels[1, 3] = 5
     with pytest.raises(ValueError, match=r"labels\[1, 3\] is 5"):
         fastpref.token_logps(logits, labels, extras=EXTRAS)
+
+
+def test_a_label_that_rounding_leaves_above_the_maximum_is_the_first_and_has_log_prob_0() -> None:
+    """A compiled kernel may make of multiply and add one rounding in one place and two in another."""
+    one = torch.ones(1, 2)
+    target = torch.tensor([[torch.nextafter(one[0, 0], one[0, 0] + 1).item(), float("nan")]])
+    values = token_values(RowStatistics(maximum=one, total=one, target=target), one.bool(), 0, vocab=7)
+    assert values.logps[0, 0] == 0
+    assert values.is_top1[0, 0]
+    assert values.logps[0, 1].isnan()
+    assert not values.is_top1[0, 1]
