@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpref.checks import check_bool, check_choice, check_number, describe, parse_budget
+from fastpref.training.data.formats import COLUMNS
 
 # Those of transformers.get_scheduler that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = (
@@ -76,8 +77,20 @@ class TrainConfig:
     )
 
     # Data
-    dataset: str | None = _option(None, "A JSONL file, a datasets.save_to_disk folder, or a hub name.")
+    dataset: str | None = _option(
+        None,
+        "JSON, JSONL, CSV or Parquet files, folders of them, patterns (*.jsonl), datasets.save_to_disk folders or hub "
+        "names; several are separated by commas.",
+    )
+    dataset_split: str | None = _option(
+        None, "The split of --dataset, where that is a folder or hub name: train by default."
+    )
+    dataset_config: str | None = _option(None, "The configuration of a hub dataset that has several.")
     eval_dataset: str | None = _option(None, "Held-out pairs, in the same forms as --dataset.")
+    eval_dataset_split: str | None = _option(None, "The split of --eval_dataset; train by default.")
+    columns: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None, 'JSON: which columns to read in place of ours, as \'{"prompt": "question"}\'.'
+    )
     eval_fraction: float = _option(0.0, "Share of --dataset to hold out, drawn with --seed; 0 holds out none.", **SHARE)
     max_length: int | None = _option(
         None,
@@ -198,6 +211,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.model_config = _json_object("model_config", self.model_config)
         self.loss_options = _json_object("loss_options", self.loss_options) or {}
+        self.columns = _json_object("columns", self.columns)
+        for ours, theirs in (self.columns or {}).items():
+            check_choice("columns", ours, COLUMNS)
+            if not isinstance(theirs, str):
+                raise TypeError(f"columns: {ours!r} must be the name of a column, got {describe(theirs)}")
         self.resume = _resume(self.resume)
         hints = get_type_hints(TrainConfig)
         for option in fields(self):

@@ -30,8 +30,8 @@ from fastpref.training.config import (
 )
 from fastpref.training.data.batches import BatchPlan
 from fastpref.training.data.collate import settle_layout
-from fastpref.training.data.formats import has_messages
-from fastpref.training.data.sources import Rows, check_rows, load_rows
+from fastpref.training.data.formats import is_conversational
+from fastpref.training.data.sources import Rows, read_rows
 from fastpref.training.data.tokens import Pair, tokenize_rows
 from fastpref.training.distributed.processes import make_accelerator, place
 from fastpref.training.memory.auto_batch import check_auto_batch
@@ -86,13 +86,13 @@ def _load(
 ) -> Run:
     """Data, tokenizer, model and the order of the batches, from the options or from the objects `given`."""
     model, tokenizer, train_dataset, eval_dataset = (_unless_named(value) for value in given.values())
-    rows = _rows(config.dataset, train_dataset, "dataset", "train_dataset")
+    rows = read_rows(config, train_dataset, "dataset", "train_dataset")
     if rows is None:
         raise ValueError("there is no data: set dataset to a JSONL file or a dataset's name, or pass train_dataset")
-    eval_rows = _rows(config.eval_dataset, eval_dataset, "eval_dataset", "eval_dataset")
+    eval_rows = read_rows(config, eval_dataset, "eval_dataset", "eval_dataset")
     if eval_dataset is not None and config.eval_fraction > 0:
         raise ValueError("give eval_dataset or eval_fraction, not both")
-    tokenizer = build_tokenizer(config, tokenizer, conversational=has_messages(rows[0]), say=console.say)
+    tokenizer = build_tokenizer(config, tokenizer, conversational=is_conversational(rows), say=console.say)
     config = _with_defaults(config, spec, model, accelerator.num_processes, console)
     max_length, learning_rate = cast(int, config.max_length), cast(float, config.learning_rate)
     accumulation = cast(int, config.gradient_accumulation_steps)
@@ -192,14 +192,6 @@ def _check_loss(config: TrainConfig, world: int) -> LossSpec:
             f"{config.batch_tokens} must not cut a batch: leave it out"
         )
     return spec
-
-
-def _rows(source: str | None, given: Any, name: str, argument: str) -> Rows | None:
-    if source is not None and given is not None:
-        raise ValueError(f"config.{name} and the argument {argument} were both given: give one of them")
-    if given is not None:
-        return check_rows(given, argument)
-    return None if source is None else check_rows(load_rows(source, name), name)
 
 
 def _pairs(rows: Rows, tokenizer: Any, max_length: int, name: str, console: Console) -> list[Pair]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastpref.training.data.formats import read_row
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE
 from fastpref.training.data.tokens import Pair, Response, tokenize_rows
 
@@ -205,14 +206,14 @@ TALK = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistan
         (
             {**TEXT, "chosen": [assistant("b")]},
             TypeError,
-            "row 1 mixes text and messages (prompt is text, chosen is messages",
+            "row 1 mixes text and messages (chosen is messages, rejected is text",
         ),
         ({**TALK, "prompt": []}, ValueError, "row 1: prompt is an empty list of messages"),
         ({**TALK, "chosen": ["b"]}, TypeError, "row 1: chosen[0] must be a dict with 'role' and 'content', got 'b'"),
         (
             {**TALK, "chosen": [{"role": "assistant"}]},
             TypeError,
-            "row 1: chosen[0]['content'] must be a string, got None",
+            "row 1: chosen[0]['content'] must be a string or a list of text parts, got None",
         ),
         (
             {**TALK, "chosen": [user("b")]},
@@ -224,7 +225,7 @@ TALK = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistan
             ValueError,
             "row 1 has no prompt, and its chosen and rejected messages do not start with one",
         ),
-        ({**TALK, "tools": [{}]}, ValueError, "row 1 has a column 'tools', which is not supported"),
+        ({**TALK, "images": [{}]}, ValueError, "row 1 has a column 'images': images are not supported"),
         (
             {**TEXT, "ref_chosen_logps": -1.0},
             TypeError,
@@ -241,6 +242,218 @@ TALK = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistan
 def test_a_bad_row_is_named(row: Any, error: type[Exception], message: str, tokenizer: Any) -> None:
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     with pytest.raises(error) as raised:
+        tokenize_rows([TEXT, row], tokenizer, max_length=64)
+    assert message in str(raised.value)
+
+
+def lines_of(rows: list[Any], tokenizer: Any, max_length: int = 128) -> list[str]:
+    return tokenize_rows(rows, tokenizer, max_length=max_length).report("dataset", max_length)
+
+
+def same(tokenizer: Any, row: Row, as_if: Row) -> None:
+    """The row is trained on as if it were the other."""
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    got, wanted = (one(each, tokenizer, 256) for each in (row, as_if))
+    for name in ("chosen", "rejected"):
+        assert getattr(got, name).ids.tolist() == getattr(wanted, name).ids.tolist()
+        assert getattr(got, name).start == getattr(wanted, name).start
+
+
+ANSWERS = {"chosen": "blue", "rejected": "green"}
+TURNS = {"chosen": [assistant("blue")], "rejected": [assistant("green")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "said"),
+    [
+        ({"question": "sky?"}, [user("sky?")], "question and the responses are put into messages"),
+        (
+            {"system": "be brief", "question": "sky?"},
+            [{"role": "system", "content": "be brief"}, user("sky?")],
+            "system and question and the responses are put into messages",
+        ),
+        ({"system": "", "question": "sky?"}, [user("sky?")], "system and question"),
+        ({"system": None, "prompt": "sky?"}, [user("sky?")], "system and prompt"),
+        (
+            {"system": "be brief", "prompt": "sky?"},
+            [{"role": "system", "content": "be brief"}, user("sky?")],
+            "system and prompt",
+        ),
+        ({"instruction": "say", "input": "sky"}, [user("say\nsky")], "instruction and input and the responses"),
+        ({"instruction": "say", "input": ""}, [user("say")], "instruction and the responses"),
+        ({"input": "sky?"}, [user("sky?")], "input and the responses"),
+        ({"prompt": [user("sky?")]}, [user("sky?")], "prompt and the responses"),
+    ],
+)
+def test_a_question_in_another_column_is_the_prompt(row: Row, prompt: list[Row], said: str, tokenizer: Any) -> None:
+    same(tokenizer, {**row, **ANSWERS}, {"prompt": prompt, **TURNS})
+    assert any(f"dataset: in all rows {said}" in line for line in lines_of([{**row, **ANSWERS}], tokenizer))
+
+
+def test_a_system_column_beside_messages_is_their_first(tokenizer: Any) -> None:
+    system = {"role": "system", "content": "be brief"}
+    same(
+        tokenizer,
+        {"system": "be brief", "prompt": [user("a")], **TURNS},
+        {"prompt": [system, user("a")], **TURNS},
+    )
+    same(
+        tokenizer,
+        {"system": "be brief", "prompt": [system, user("a")], **TURNS},
+        {"prompt": [system, user("a")], **TURNS},
+    )
+    whole = {name: [user("a"), *messages] for name, messages in TURNS.items()}
+    same(tokenizer, {"system": "be brief", **whole}, {"prompt": [system, user("a")], **TURNS})
+
+
+def test_a_text_prompt_beside_whole_conversations_is_their_first_message(tokenizer: Any) -> None:
+    """As HuggingFaceH4/ultrafeedback_binarized has it."""
+    whole = {name: [user("sky?"), *messages] for name, messages in TURNS.items()}
+    same(tokenizer, {"prompt": "sky?", **whole}, {"prompt": [user("sky?")], **TURNS})
+    same(tokenizer, {"prompt": "sky?", **TURNS}, {"prompt": [user("sky?")], **TURNS})
+    lines = lines_of([{"prompt": "sky?", **whole}, {"prompt": "sea?", **whole}], tokenizer)
+    assert any("in 1 rows (0) the text of prompt is a message of the whole conv" in line for line in lines)
+    assert any("in 1 rows (1) the text of prompt is left out, as no message says it" in line for line in lines)
+
+
+def test_a_prompt_that_both_responses_repeat_is_taken_once(tokenizer: Any) -> None:
+    row = {"prompt": "sky?", "chosen": "sky? blue", "rejected": "sky? green"}
+    same(tokenizer, row, {"prompt": "sky?", "chosen": " blue", "rejected": " green"})
+    assert any("in all rows both responses begin with the prompt" in line for line in lines_of([row], tokenizer))
+    same(tokenizer, {**row, "system": "s"}, {"prompt": "sky?", "system": "s", "chosen": " blue", "rejected": " green"})
+    messages = {"prompt": [user("a")], **{name: [user("a"), *turn] for name, turn in TURNS.items()}}
+    same(tokenizer, messages, {"prompt": [user("a")], **TURNS})
+
+
+def test_a_prompt_that_only_some_responses_repeat_is_left_and_counted(tokenizer: Any) -> None:
+    rows = [{"prompt": "sky?", "chosen": "sky? blue", "rejected": "sky? green"}, TEXT]
+    result = tokenize_rows(rows, tokenizer, max_length=64)
+    assert tokenizer.decode(result.pairs[0].chosen.ids.tolist()) == "sky?sky? blue<|end|>"
+    assert any("in 1 rows (0) both responses begin with the text" in line for line in result.report("dataset", 64))
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_messages_stored_as_text_are_read(write: Callable[[Any], str], tokenizer: Any) -> None:
+    row = {"prompt": [user("a"), assistant("it's"), user("b")], **TURNS}
+    same(tokenizer, {name: write(value) for name, value in row.items()}, row)
+    lines = lines_of([{name: write(value) for name, value in row.items()}], tokenizer)
+    assert any("in all rows chosen holds messages as text, which was decoded" in line for line in lines)
+
+
+def test_tools_and_template_options_reach_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool.function | tojson }}]{% endfor %}{% if loud %}!{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "clock", "parameters": None}}
+    talk = {"prompt": [user("a")], **TURNS}
+    for row in (
+        {**talk, "tools": [tool], "chat_template_kwargs": {"loud": True, "quiet": None}},
+        {**talk, "tools": json.dumps([tool]), "chat_template_kwargs": '{"loud": true}'},
+    ):
+        text = tokenizer.decode(one(row, tokenizer, 200).prompt.tolist())
+        assert text == '[{"name": "clock"}]!user:a;'
+    assert not any("tools" in line for line in lines_of([{**talk, "tools": [tool]}, talk], tokenizer))
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    lines = lines_of([{**talk, "tools": [tool]}, {**talk, "tools": []}], tokenizer)
+    assert "dataset: in 1 rows (0) the chat template leaves out their tools" in lines
+
+
+def test_null_content_and_text_parts_are_text(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "sky", "image": None}, {"type": "text", "text": "?"}]
+    row = {"prompt": [{"role": "user", "content": parts, "name": None}], **TURNS}
+    same(tokenizer, row, {"prompt": [user("sky?")], **TURNS})
+    empty = [{"role": "assistant", "content": None}]
+    same(tokenizer, {**row, "rejected": empty}, {**row, "rejected": [assistant("")]})
+    assert "dataset: in all rows rejected is empty or blank" in lines_of([{**row, "rejected": empty}], tokenizer)
+
+
+def test_half_an_emoji_costs_one_character(tokenizer: Any) -> None:
+    rows = [TEXT, {"prompt": "a \ud83d", "chosen": "b", "rejected": "c \ude00"}]
+    result = tokenize_rows(rows, tokenizer, max_length=64)
+    assert tokenizer.decode(result.pairs[1].rejected.ids.tolist()) == "a \ufffdc \ufffd<|end|>"
+    assert any("in 1 rows (1) half a character" in line for line in result.report("dataset", 64))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("the sky is blue", "the sky is blond", "the sky is"),
+        ("the sky is", "the sky is green", "the sky is"),
+        ("the sky", "the skyline", "the"),
+        ("I don't", "I don", "I"),
+        ("in 2024", "in 2025", "in"),
+        ("Human: hi\n\nAssistant: Hello", "Human: hi\n\nAssistant: He", "Human: hi\n\nAssistant:"),
+        ("caf\u0065\u0301 a", "caf\u0065 b", ""),  # an accent of its own
+        ("天空是蓝色", "天空是绿色", "天空是"),
+        ("so \U0001f469\u200d\U0001f52c", "so \U0001f469\u200d\U0001f680", "so"),  # a woman and her profession
+    ],
+)
+def test_an_implicit_prompt_of_text_ends_with_a_word(chosen: str, rejected: str, prompt: str, tokenizer: Any) -> None:
+    for row in ({"chosen": chosen, "rejected": rejected}, {"chosen": rejected, "rejected": chosen}):
+        example = read_row(row, 0)
+        assert (example.prompt, example.prompt + example.chosen) == (prompt, row["chosen"])
+        assert example.prompt + example.rejected == row["rejected"]
+
+
+def test_rows_without_a_prompt_are_counted_and_refused_where_another_column_may_be_it(tokenizer: Any) -> None:
+    rows = [{"chosen": "the sky", "rejected": "the sea"}, {"chosen": "yes", "rejected": "no"}]
+    assert any("in 1 rows (1) there is no prompt" in line for line in lines_of(rows, tokenizer))
+    with pytest.raises(ValueError, match=r"1 of 2 rows have no prompt.*If frage is the prompt.*\"prompt\": \"frage\""):
+        lines_of([{**row, "frage": "what?", "score": 1.5} for row in rows], tokenizer)
+    lines = lines_of([{**row, "score": 1.5} for row in rows], tokenizer)
+    assert "dataset: columns that are not used: score" in lines
+
+
+def test_equal_responses_blank_ones_and_repeated_pairs_are_counted(tokenizer: Any) -> None:
+    rows = [TEXT, {**TEXT, "rejected": "b"}, TEXT, {**TEXT, "chosen": " \n"}, {**TEXT, "rejected": ""}]
+    assert lines_of(rows, tokenizer)[1:] == [
+        "dataset: in 1 rows (3) chosen is empty or blank",
+        "dataset: in 1 rows (4) rejected is empty or blank",
+        "dataset: in 1 rows (1) chosen and rejected are the same tokens",
+        "dataset: in 1 rows (2) the pair is that of an earlier row",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None, **ANSWERS}, "row 1: prompt is null: give the row a prompt or leave it out"),
+        ({"question": " ", **ANSWERS}, "row 1: question is empty, and there is no other prompt"),
+        ({"question": "a", "instruction": "b", **ANSWERS}, "question or instruction may be it: columns="),
+        ({"history": [["a", "b"]], **TEXT}, "row 1 has a column 'history': write its turns as messages"),
+        ({"system": "s", **ANSWERS}, "row 1 has a system, but no prompt beside responses of text"),
+        ({"system": 5, **TEXT}, "row 1: system must be a string, got 5"),
+        (
+            {"system": "s", "prompt": [{"role": "system", "content": "t"}, user("a")], **TURNS},
+            "row 1 has two system messages",
+        ),
+        ({**TEXT, "chosen": '[{"role": "user", '}, "row 1: chosen looks like messages stored as text, but is neither"),
+        (
+            {"conversations": [], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+            "row 1: chosen[0] is a message in ShareGPT's form: rename 'from' to 'role' (human to user, gpt to assis",
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "row 1 has no 'chosen'; its columns are conversations"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "It looks like a ranking: make a pair of its best and its worst"),
+        ({"prompt": "a", "response_0": "b", "response_1": "c"}, "It looks like a ranking"),
+        ({"prompt": "a", "good": "b", "bad": "c"}, 'and columns=\'{"chosen": "..."}\' names others'),
+        ({**TEXT, "tools": [{"name": "f"}]}, "row 1 is text, to which tools and chat_template_kwargs mean nothing"),
+        ({"prompt": [user("a")], **TURNS, "tools": "[{"}, "row 1: tools is text, but not valid JSON"),
+        ({"prompt": [user("a")], **TURNS, "tools": {}}, "row 1: tools must be a list of JSON schemas, got {}"),
+        (
+            {"prompt": [user("a")], **TURNS, "chat_template_kwargs": [1]},
+            "row 1: chat_template_kwargs must be a dict, got [1]",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], **TURNS},
+            "row 1: prompt[0]['content'] may hold parts of text only, got {'type': 'image'}",
+        ),
+        ({"chosen": "a b", "rejected": "a c"}, "all or none must have a prompt"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_refused(row: Row, message: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    with pytest.raises((ValueError, TypeError)) as raised:
         tokenize_rows([TEXT, row], tokenizer, max_length=64)
     assert message in str(raised.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,14 @@ class ChatTemplate:
     tokenizer: Any
     parts: bool = False
     text_arguments: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # a row's tools, and what else its template reads
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
         template = cls(tokenizer)
         for form, messages in PROBES.items():
-            other = replace(template, **{form: True})
+            changed: dict[str, Any] = {form: True}
+            other = replace(template, **changed)
             if not template._shows(messages) and other._shows(messages):
                 template = other
         return template
@@ -73,7 +75,7 @@ class ChatTemplate:
         messages = [self._readable(message) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.options
             )
         except Exception as error:  # a template may raise anything, jinja2's own errors included: name the row
             roles = ", ".join(message["role"] for message in messages)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.models import shared_length
-from fastpref.training.data.formats import RenderedPair, render_row
-from fastpref.training.data.templates import ChatTemplate, common_prefix
+from fastpref.training.data.formats import (
+    NO_PROMPT,
+    RenderedPair,
+    in_order,
+    naming_file,
+    render_row,
+    repeats_prompt,
+    unused_columns,
+)
+from fastpref.training.data.templates import ChatTemplate
 
 CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's threads busy
+# A response may change the tokens at the prompt's end, where text that begins with the prompt is tokenised. A prompt
+# that is longer than max_length by this has no room for a response, whatever its last tokens become.
+BORDER_TOKENS = 64
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 Ids = NDArray[np.int32]
 
@@ -48,6 +62,11 @@ class Pair:
         return shared_length(self.chosen.ids, self.rejected.ids)
 
 
+Rendered = tuple[RenderedPair, tuple[float, float] | None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
 @dataclass
 class PairSet:
     """What became of a dataset: its pairs in order, and the rows that were left out or cut, by index."""
@@ -60,10 +79,17 @@ class PairSet:
     other_turns: int = 0
     rewritten: Counter[str] = field(default_factory=Counter)  # ends of prompts that their responses do not follow
     left_out: list[int] = field(default_factory=list)
+    notes: dict[str, list[int]] = field(default_factory=dict)  # what else a user should know, and of which rows
+    unused: list[str] = field(default_factory=list)  # columns
 
     def report(self, name: str, max_length: int) -> list[str]:
-        """Lines for the user: nothing is dropped or cut without being counted."""
+        """Lines for the user: nothing is dropped, cut or read otherwise than it stands without being counted."""
         lines = [f"{name}: {len(self.pairs)} pairs of {self.rows} rows"]
+        if self.unused:
+            lines.append(f"{name}: columns that are not used: {', '.join(self.unused)}")
+        for note, rows in self.notes.items():
+            which = "all rows" if len(rows) == self.rows else f"{len(rows)} rows ({_some(rows)})"
+            lines.append(f"{name}: in {which} {note}")
         if self.no_room:
             lines.append(
                 f"{name}: dropped {len(self.no_room)} rows whose prompt leaves no room for a response within "
@@ -92,6 +118,9 @@ class PairSet:
             )
         return lines
 
+    def note(self, text: str, row: int) -> None:
+        self.notes.setdefault(text, []).append(row)
+
 
 def tokenize_rows(rows: Sequence[Any], tokenizer: Any, *, max_length: int, name: str = "dataset") -> PairSet:
     """Tokenise every row of a dataset.
@@ -104,84 +133,150 @@ def tokenize_rows(rows: Sequence[Any], tokenizer: Any, *, max_length: int, name:
     dropped when either response is left without a token that can be scored.
 
     Raises:
-        ValueError, TypeError: a row is malformed (named by its index), or no row is left.
+        ValueError, TypeError: a row is malformed (named by its index, and its file where there is one), or no row is
+            left.
     """
-    result = PairSet(pairs=[], rows=len(rows))
-    first: tuple[bool, bool] | None = None
-    template = ChatTemplate.of(tokenizer)
-    for begin in range(0, len(rows), CHUNK):
-        chunk = [(index, rows[index]) for index in range(begin, min(begin + CHUNK, len(rows)))]
-        rendered = [render_row(row, index, template) for index, row in chunk]
-        references = [_given_reference(row, index) for index, row in chunk]
-        for text, reference in zip(rendered, references, strict=True):
-            kind = (text.conversational, reference is not None)
-            first = first or kind
-            if kind != first:
-                raise ValueError(
-                    f"row {text.row} differs in form from row 0: all rows must be text or all messages, and "
-                    "all or none must have ref_chosen_logps and ref_rejected_logps"
-                )
-        for pair, reference in zip(_encode(rendered, tokenizer, max_length, result), references, strict=True):
+    result = PairSet(pairs=[], rows=len(rows), unused=unused_columns(rows[0]))
+    seen: set[int] = set()
+    for chunk, encoded in _one_ahead(
+        lambda chunk: _encode([text for text, _ in chunk], tokenizer, max_length),
+        _chunks(rows, ChatTemplate.of(tokenizer), result),
+    ):
+        for (text, reference), ids in zip(chunk, encoded, strict=True):
+            pair = _pair(text, *ids, tokenizer, max_length, result)
             if pair is not None:
+                content = hash((pair.chosen.ids.tobytes(), pair.chosen.start, pair.rejected.ids.tobytes()))
+                if content in seen:
+                    result.note("the pair is that of an earlier row", text.row)
+                seen.add(content)
                 chosen, rejected = reference or (None, None)
                 result.pairs.append(replace(pair, ref_chosen_logp=chosen, ref_rejected_logp=rejected))
+    _check_prompts(result, rows[0], name)
     if not result.pairs:
         raise ValueError(". ".join([f"{name} holds no pair to train on", *result.report(name, max_length)]))
     return result
 
 
+def _chunks(rows: Sequence[Any], template: ChatTemplate, result: PairSet) -> Iterator[list[Rendered]]:
+    """Rows as text, with the reference's log-probs where they have them; notes on them go to `result`."""
+    repeated = all(map(repeats_prompt, in_order(rows)))  # of one row alone it may be meant; the first without ends it
+    first: tuple[bool, bool, bool] | None = None
+    chunk: list[Rendered] = []
+    for index, row in enumerate(in_order(rows)):
+        with naming_file(rows, index):
+            text = _whole_characters(render_row(row, index, template, repeated=repeated), result)
+            reference = _given_reference(row, index)
+            kind = (text.conversational, text.implicit, reference is not None)
+            first = first or kind
+            if kind != first:
+                raise ValueError(
+                    f"row {index} differs in form from row 0: all rows must be text or all messages, all or none must "
+                    "have a prompt, and all or none ref_chosen_logps and ref_rejected_logps"
+                )
+        for note in text.notes:
+            result.note(note, index)
+        chunk.append((text, reference))
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _whole_characters(text: RenderedPair, result: PairSet) -> RenderedPair:
+    """Half an emoji, left by a text cut within a UTF-16 pair, has no tokens: U+FFFD stands for it."""
+    if not any(map(SURROGATE.search, (text.chosen, text.rejected))):
+        return text
+    result.note("half a character (a lone surrogate) was replaced by U+FFFD", text.row)
+    prompt, chosen, rejected = (SURROGATE.sub("\ufffd", part) for part in (text.prompt, text.chosen, text.rejected))
+    return text._replace(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `work` makes of it, in a thread that has the next item meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > 1:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
 def _encode(
-    rendered: list[RenderedPair],  # all text, or all rendered by a chat template
+    texts: list[RenderedPair],  # all plain, or all rendered by a chat template
     tokenizer: Any,
     max_length: int,
-    result: PairSet,
-) -> list[Pair | None]:
-    """The pairs of a chunk, None for a dropped one; what is dropped or cut is counted in `result`."""
-    plain = not rendered[0].conversational
-    prompts = _ids(tokenizer, [text.prompt for text in rendered], special=plain)
-    chosen = _ids(tokenizer, [text.chosen for text in rendered], special=plain)
-    rejected = _ids(tokenizer, [text.rejected for text in rendered], special=plain)
-    pairs: list[Pair | None] = []
-    for text, prompt, *wholes in zip(rendered, prompts, chosen, rejected, strict=True):
-        responses = [(ids, common_prefix(prompt, ids)) for ids in wholes]
-        if plain:
-            responses = [_with_eos(ids, start, tokenizer.eos_token_id) for ids, start in responses]
-        # The first token of a sequence has no position that predicts it: it can not be scored.
-        begins = [max(start, 1) for _, start in responses]
-        if any(len(ids) <= begin for (ids, _), begin in zip(responses, begins, strict=True)):
-            result.empty.append(text.row)
-            pairs.append(None)
-        elif max_length <= max(begins):
-            result.no_room.append(text.row)
-            pairs.append(None)
-        else:
-            result.truncated += sum(len(ids) > max_length for ids, _ in responses)
-            result.other_turns += text.other_turns
-            if text.rewritten:
-                result.rewritten[tokenizer.decode(prompt[min(start for _, start in responses) :])] += 1
-            if text.left_out:
-                result.left_out.append(text.row)
-            parts = [Response(np.array(ids[:max_length], dtype=np.int32), start) for ids, start in responses]
-            # Where a token spans the prompt's end, a sample starts before it.
-            shared = np.array(prompt[: min(start for _, start in responses)], dtype=np.int32)
-            pairs.append(Pair(text.row, shared, parts[0], parts[1]))
-    return pairs
+) -> list[tuple[Ids, list[Ids]]]:
+    """Token ids of each row's prompt and of its two sequences; of none where the prompt is far too long."""
+    plain = not texts[0].conversational
+    prompts = _ids(tokenizer, [text.prompt for text in texts], special=plain)
+    fits = [
+        len(prompt) < max_length + BORDER_TOKENS or text.rewritten for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    wholes = [whole for text, fit in zip(texts, fits, strict=True) if fit for whole in (text.chosen, text.rejected)]
+    found = iter(_ids(tokenizer, wholes, special=plain))
+    return [(prompt, [next(found), next(found)] if fit else []) for prompt, fit in zip(prompts, fits, strict=True)]
 
 
-def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+def _pair(
+    text: RenderedPair, prompt: Ids, wholes: list[Ids], tokenizer: Any, max_length: int, result: PairSet
+) -> Pair | None:
+    """None for a dropped row; what is dropped or cut is counted in `result`."""
+    responses = [(ids, shared_length(prompt, ids)) for ids in wholes]
+    if not text.conversational:
+        responses = [_with_eos(ids, start, tokenizer.eos_token_id) for ids, start in responses]
+    # The first token of a sequence has no position that predicts it: it can not be scored.
+    begins = [max(start, 1) for _, start in responses]
+    if any(len(ids) <= begin for (ids, _), begin in zip(responses, begins, strict=True)):
+        result.empty.append(text.row)
+        return None
+    if not begins or max_length <= max(begins):
+        result.no_room.append(text.row)
+        return None
+    result.truncated += sum(len(ids) > max_length for ids, _ in responses)
+    result.other_turns += text.other_turns
+    border = min(start for _, start in responses)  # where a token spans the prompt's end, a sample starts before it
+    if text.rewritten:
+        result.rewritten[tokenizer.decode(prompt[border:].tolist())] += 1
+    if text.left_out:
+        result.left_out.append(text.row)
+    chosen, rejected = (Response(ids[:max_length], start) for ids, start in responses)
+    if np.array_equal(chosen.ids, rejected.ids):
+        result.note("chosen and rejected are the same tokens", text.row)
+    return Pair(text.row, prompt[:border], chosen, rejected)
+
+
+def _check_prompts(result: PairSet, row: Any, name: str) -> None:
+    """Raise ValueError where most rows have no prompt, and columns that may be it were left out."""
+    promptless = result.notes.get(NO_PROMPT, [])
+    others = [column for column in result.unused if isinstance(row[column], (str, list))]
+    if others and 2 * len(promptless) >= result.rows:
+        raise ValueError(
+            f"{name}: {len(promptless)} of {result.rows} rows have no prompt: there is no column 'prompt', and their "
+            f"responses begin differently. If {' or '.join(others)} is the prompt, name it, as columns="
+            f'\'{{"prompt": "{others[0]}"}}\'; if not, remove these columns from the dataset'
+        )
+
+
+def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[Ids]:
     """Token ids, with the tokenizer's own special tokens if `special`, but never a doubled BOS."""
+    if not texts:
+        return []
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
+    return [np.array(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids, dtype=np.int32) for ids in encoded]
 
 
-def _with_eos(ids: list[int], start: int, eos: int | None) -> tuple[list[int], int]:
+def _with_eos(ids: Ids, start: int, eos: int | None) -> tuple[Ids, int]:
     """The ids with the end-of-sequence token last, where there is one; and where the response starts."""
     if eos is None:
         return ids, start
-    if ids and ids[-1] == eos:  # the tokenizer adds it: it is the response's, even of an empty one
+    if len(ids) and ids[-1] == eos:  # the tokenizer adds it: it is the response's, even of an empty one
         return ids, min(start, len(ids) - 1)
-    return [*ids, eos], start
+    return np.append(ids, np.int32(eos)), start
 
 
 def _given_reference(row: Any, index: int) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastpref.training.config import ALL_LINEAR, TrainConfig
-from fastpref.training.data.sources import Rows, check_rows, load_rows
+from fastpref.training.data.sources import Rows, read_rows
 from fastpref.training.prepare import prepare
 from fastpref.training.reference.cache import CHOSEN, REJECTED
 from fastpref.training.reference.scores import add_reference
@@ -17,7 +17,7 @@ from fastpref.training.reference.scores import add_reference
 # What a run needs besides, and does to a model to train it.
 _WITHOUT_TRAINING: dict[str, Any] = {
     "eval_dataset": None, "eval_fraction": 0.0, "eval_every": None, "sample_prompts": 0, "save_best": False,
-    "resume": None, "max_steps": None, "epochs": 1.0, "lora_rank": 0, "lora_alpha": None,
+    "eval_dataset_split": None, "resume": None, "max_steps": None, "epochs": 1.0, "lora_rank": 0, "lora_alpha": None,
     "lora_target_modules": ALL_LINEAR, "freeze_head": False, "disable_dropout": False, "auto_batch": False,
     "gradient_checkpointing": False, "offload_activations": False,
 }  # fmt: skip
@@ -44,14 +44,14 @@ def with_reference(config: TrainConfig, *, model: Any = None, tokenizer: Any = N
     Returns:
         A `datasets.Dataset` where the data is one, else a list of dicts.
     """
-    if config.dataset is not None and train_dataset is not None:
-        raise ValueError("config.dataset and the argument train_dataset were both given: give one of them")
-    rows = train_dataset if config.dataset is None else load_rows(config.dataset, "dataset")
+    rows: Any = read_rows(config, train_dataset, "dataset", "train_dataset")
     with tempfile.TemporaryDirectory() as empty:  # it may have been trained already
         alone = dataclasses.replace(
             config,
             **_WITHOUT_TRAINING,
             dataset=None,
+            dataset_split=None,
+            columns=None,
             reference_cache=config.reference_cache or config.output_dir,
             output_dir=empty,
         )
@@ -66,14 +66,13 @@ def with_reference(config: TrainConfig, *, model: Any = None, tokenizer: Any = N
         CHOSEN: [pair.ref_chosen_logp for pair in run.pairs],
         REJECTED: [pair.ref_rejected_logp for pair in run.pairs],
     }
-    kept, rows = [pair.row for pair in run.pairs], check_rows(rows, "train_dataset")
+    kept = [pair.row for pair in run.pairs]
     if not hasattr(rows, "add_column"):
         return [
             {**rows[row], CHOSEN: chosen, REJECTED: rejected}
             for row, chosen, rejected in zip(kept, columns[CHOSEN], columns[REJECTED], strict=True)
         ]
-    dataset: Any = rows
-    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names]).select(kept)
+    dataset = rows.remove_columns([name for name in columns if name in rows.column_names]).select(kept)
     for name, values in columns.items():
         dataset = dataset.add_column(name, np.array(values, dtype=np.float32))
     return dataset
