@@ -22,6 +22,7 @@ FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC is not None and SPE
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER is not None else []
 THINKING = ("deepseek", "nemotron")  # the generation prompt ends with "<think>\n", a plain response does not begin so
 NO_SYSTEM = ("gemma", "gemma_training")
+REWRITES, LEAVES_OUT, ENDLESS = "for generation, but", "leaves out text of a message", "writes nothing after the resp"
 HEADERS = {"gptoss": "final", "muse_glimmer": " to=user"}  # what such a template has a model write before its text
 
 QUESTION, CHOSEN, REJECTED = "What colour is the sky?", "It is blue.", "Perhaps green."
@@ -88,8 +89,9 @@ def test_in_each_template_the_response_is_scored_and_nothing_of_the_prompt(name:
         assert text not in prompt
         for message in earlier:
             assert message["content"].split("\n")[-1] in prompt
-    assert result.rewritten.total() == name.startswith(THINKING)
-    assert not result.left_out
+    assert any(REWRITES in note for note in result.notes) == name.startswith(THINKING)
+    assert not any(LEAVES_OUT in note for note in result.notes)
+    assert any(ENDLESS in note for note in result.notes) == (name == "glm4moe")
 
 
 TURNS = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -127,9 +129,9 @@ def test_the_end_of_a_prompt_that_a_response_does_not_follow_is_cut_off_counted_
     start = f"<s><|user|>{QUESTION}<|end|><|assistant|><think>"  # one BOS
     assert tokenizer.decode(plain.prompt.tolist()) == tokenizer.decode(mixed.prompt.tolist()) == start
     assert tokenizer.decode(thinking.prompt.tolist()) == start + "\n"
-    assert result.rewritten == {"\n": 2}
     assert any(
-        "in 2 rows the chat template rewrites the end of the prompt" in line for line in result.report("data", 9)
+        line.startswith(r"data: in 2 rows (0, 1) the prompt ends with '\n' for generation, but the chat template does")
+        for line in result.report("data", 9)
     )
 
 
@@ -162,17 +164,27 @@ def test_earlier_thinking_that_a_template_takes_out_leaves_the_border_where_it_i
         f"<s><|user|>Hello?<|end|><|assistant|>Good day.<|end|><|user|>{QUESTION}<|end|><|assistant|>"
     )
     assert scored(pair.rejected, tokenizer) == "Perhaps green.<|end|>"
-    assert not result.rewritten
-    assert not result.left_out
+    assert not result.notes
 
 
 @pytest.mark.parametrize(
-    "message", [turn("assistant", "<think>Hm.</think>Blue."), turn("assistant", "Blue.", reasoning_content="Hm.")]
+    "changes",
+    [
+        {"rejected": [turn("assistant", "<think>Hm.</think>Blue.")]},
+        {"rejected": [turn("assistant", "Blue.", reasoning_content="Hm.")]},
+        {"prompt": [turn("developer", "Be brief."), *PAIR["prompt"]]},
+    ],
 )
-def test_text_of_a_response_that_a_template_leaves_out_is_counted(message: Row) -> None:
-    result, _ = prepared(FORGETS, PAIR, {**PAIR, "rejected": [message]})
-    assert result.left_out == [1]
-    assert any("in 1 rows the chat template leaves out text of a response" in line for line in result.report("data", 9))
+def test_text_that_a_template_leaves_out_is_counted(changes: Row) -> None:
+    template = FORGETS.replace("in messages", "in messages if m['role'] in ('user', 'assistant')")
+    result, _ = prepared(template, PAIR, {**PAIR, **changes})
+    assert [rows for note, rows in result.notes.items() if LEAVES_OUT in note] == [[1]]
+    assert any("data: in 1 rows (1) the chat template leaves out text" in line for line in result.report("data", 9))
+
+
+def test_a_response_that_the_template_does_not_end_is_counted() -> None:
+    result, _ = prepared("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", PAIR)
+    assert [rows for note, rows in result.notes.items() if ENDLESS in note] == [[0]]
 
 
 def call(arguments: Any) -> Row:
@@ -225,6 +237,24 @@ def test_a_template_that_reads_content_in_parts_gets_parts() -> None:
     result, tokenizer = prepared(template, PAIR)
     assert scored(result.pairs[0].chosen, tokenizer) == "It is blue.<|end|>"
     assert ChatTemplate.of(tokenizer).parts
+
+
+def test_options_that_the_template_does_not_read_are_counted() -> None:
+    template = (
+        TURNS + "{% if add_generation_prompt %}<|assistant|>{% if not think %}<think></think>{% endif %}{% endif %}"
+    )
+    result, tokenizer = prepared(template, {**PAIR, "chat_template_kwargs": {"think": True, "thinking": False}})
+    assert tokenizer.decode(result.pairs[0].prompt.tolist()).endswith("<|assistant|>")
+    assert result.notes == {"the chat template does not read the chat_template_kwargs thinking": [0]}
+
+
+def test_the_date_that_a_template_writes_is_the_same_on_every_day() -> None:
+    """Otherwise no checkpoint could be resumed after midnight, and no reference log-prob be used again."""
+    result, tokenizer = prepared(
+        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y-%m-%d\") }} " + TURNS + START, PAIR
+    )
+    assert tokenizer.decode(result.pairs[0].prompt.tolist()).startswith("01 Jan 2026 2026-01-01 <s><|user|>")
+    assert "data: in all rows the chat template writes the day's date: 2026-01-01 stands" in result.report("data", 9)[1]
 
 
 def test_a_tokenizer_with_several_templates_renders_by_its_default_and_has_a_digest_of_all() -> None:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastpref.checks import describe
-from fastpref.training.data.templates import ChatTemplate, check_tool_calls, leaves_out
+from fastpref.training.data.templates import ChatTemplate, check_tool_calls
 
 SIDES = ("chosen", "rejected")
 QUESTIONS = ("question", "instruction", "input", "query")  # what datasets without a prompt call their user's message
@@ -60,10 +60,8 @@ class RenderedPair(NamedTuple):
     rejected: str
     conversational: bool
     implicit: bool = False  # the prompt was found in the responses
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # as `Example` has them
     other_turns: bool = False  # a response holds messages that are not the assistant's
-    rewritten: bool = False  # the prompt's end is not the same once a response follows
-    left_out: bool = False  # the chat template leaves out text of a response
 
 
 def in_order(rows: Sequence[Any]) -> Iterator[Any]:
@@ -143,9 +141,6 @@ def render_row(row: Any, index: int, template: ChatTemplate, *, repeated: bool =
             got = f"a {response[0]['role']!r} message" if response else "no message"
             raise ValueError(f"row {index}: {name} must start with an 'assistant' message, got {got} after the prompt")
         texts.append(template.render_response(prompt, response, name, index, rendered))
-    tools = [str(tool.get("function", tool).get("name")) for tool in options.get("tools", ())]
-    if any(tool not in rendered for tool in tools):
-        notes = (*notes, "the chat template leaves out their tools")
     return RenderedPair(
         index,
         rendered,
@@ -153,10 +148,8 @@ def render_row(row: Any, index: int, template: ChatTemplate, *, repeated: bool =
         texts[1],
         conversational=True,
         implicit=implicit,
-        notes=notes,
+        notes=(*notes, *template.notes(prompt, [chosen, rejected], rendered, texts)),
         other_turns=any(message["role"] != "assistant" for message in [*chosen, *rejected]),
-        rewritten=not all(text.startswith(rendered) for text in texts),
-        left_out=leaves_out(texts[0], chosen) or leaves_out(texts[1], rejected),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
+# For today's date, where a template writes it: token ids that change at midnight can be neither resumed nor reused.
+DATE = date(2026, 1, 1)
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")  # what of an assistant's message is its text
 # Messages that show which form a template reads: what it takes in the wrong one, it passes over or fails on.
 PROBE = "fastpref probe"
@@ -75,7 +80,11 @@ class ChatTemplate:
         messages = [self._readable(message) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.options
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.options,
+                **({"chat_template": TODAY.sub(_day, self._text)} if TODAY.search(self._text) else {}),
             )
         except Exception as error:  # a template may raise anything, jinja2's own errors included: name the row
             roles = ", ".join(message["role"] for message in messages)
@@ -137,6 +146,42 @@ class ChatTemplate:
                 "word: use a chat_template that renders tool calls, or remove the row"
             )
 
+    def notes(self, prompt: list[Any], responses: list[list[Any]], rendered: str, texts: list[str]) -> list[str]:
+        """What a user should know of a row: `rendered` is its prompt, `texts` are prompt and response.
+
+        The words are the same for all rows of a kind.
+        """
+        notes = []
+        ends = [rendered[common_prefix(rendered, text) :] for text in texts if not text.startswith(rendered)]
+        if ends:
+            notes.append(
+                f"the prompt ends with {max(ends, key=len)!r} for generation, but the chat template does not write "
+                "that before the response: it is left out, and the response is scored from there on"
+            )
+        asked = [message for message in prompt if message["role"] not in ("assistant", "tool")]
+        if leaves_out(rendered, asked) or any(map(leaves_out, texts, responses)):
+            notes.append(
+                "the chat template leaves out text of a message (its reasoning, or a role that it does not render), "
+                "so that it is not trained"
+            )
+        said = [response[-1].get("content") or "" for response in responses]
+        if any(last.strip() and text.rstrip().endswith(last.rstrip()) for text, last in zip(texts, said, strict=True)):
+            notes.append("the chat template writes nothing after the response, which does not teach where to stop")
+        if TODAY.search(self._text):
+            notes.append(f"the chat template writes the day's date: {DATE} stands for it, on all days")
+        tools = [str(tool.get("function", tool).get("name")) for tool in self.options.get("tools", ())]
+        if any(tool not in rendered for tool in tools):
+            notes.append("the chat template leaves out their tools")
+        if unread := [name for name in self.options if name != "tools" and name not in self._text]:
+            notes.append(f"the chat template does not read the chat_template_kwargs {', '.join(unread)}")
+        return notes
+
+    @property
+    def _text(self) -> str:
+        """The template, or of several the one for the row's options."""
+        template = self.tokenizer.chat_template
+        return self.tokenizer.get_chat_template(tools=self.options.get("tools")) if template else ""
+
     def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message as the template reads it; a tool call without text has the content ""."""
         message = dict(message)
@@ -182,6 +227,11 @@ def _renamed(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The message with calls of a function of that name."""
     calls = [(call, {**_function(call), "name": name}) for call in message["tool_calls"]]
     return {**message, "tool_calls": [{**call, "function": f} if "function" in call else f for call, f in calls]}
+
+
+def _day(call: re.Match[str]) -> str:
+    """The date in the format of a matched call of `strftime_now`, as a string of the template."""
+    return repr(DATE.strftime(call[2]))
 
 
 def _around(text: str, place: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ from fastpref.training.data.formats import (
 from fastpref.training.data.templates import ChatTemplate
 
 CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's threads busy
-# A response may change the tokens at the prompt's end, where text that begins with the prompt is tokenised. A prompt
-# that is longer than max_length by this has no room for a response, whatever its last tokens become.
+# A response may change the tokens at the prompt's end: one that spans the border, or those of a generation prompt that
+# the chat template rewrites. A prompt longer than max_length by this has no room, whatever its last tokens become.
 BORDER_TOKENS = 64
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -77,8 +77,6 @@ class PairSet:
     empty: list[int] = field(default_factory=list)
     truncated: int = 0
     other_turns: int = 0
-    rewritten: Counter[str] = field(default_factory=Counter)  # ends of prompts that their responses do not follow
-    left_out: list[int] = field(default_factory=list)
     notes: dict[str, list[int]] = field(default_factory=dict)  # what else a user should know, and of which rows
     unused: list[str] = field(default_factory=list)  # columns
 
@@ -103,18 +101,6 @@ class PairSet:
             lines.append(
                 f"{name}: {self.other_turns} rows have turns other than the assistant's in a response; all "
                 "of a response's tokens are scored"
-            )
-        if self.rewritten:
-            end, count = self.rewritten.most_common(1)[0]
-            lines.append(
-                f"{name}: in {self.rewritten.total()} rows the chat template rewrites the end of the prompt where a "
-                f"response follows ({end!r} in {count}): that end is left out, and a response is scored from there on, "
-                "but generating starts after it"
-            )
-        if self.left_out:
-            lines.append(
-                f"{name}: in {len(self.left_out)} rows the chat template leaves out text of a response, such as its "
-                f"reasoning, so that it is not trained: {_some(self.left_out)}"
             )
         return lines
 
@@ -213,9 +199,7 @@ def _encode(
     """Token ids of each row's prompt and of its two sequences; of none where the prompt is far too long."""
     plain = not texts[0].conversational
     prompts = _ids(tokenizer, [text.prompt for text in texts], special=plain)
-    fits = [
-        len(prompt) < max_length + BORDER_TOKENS or text.rewritten for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    fits = [len(prompt) < max_length + BORDER_TOKENS for prompt in prompts]
     wholes = [whole for text, fit in zip(texts, fits, strict=True) if fit for whole in (text.chosen, text.rejected)]
     found = iter(_ids(tokenizer, wholes, special=plain))
     return [(prompt, [next(found), next(found)] if fit else []) for prompt, fit in zip(prompts, fits, strict=True)]
@@ -239,10 +223,6 @@ def _pair(
     result.truncated += sum(len(ids) > max_length for ids, _ in responses)
     result.other_turns += text.other_turns
     border = min(start for _, start in responses)  # where a token spans the prompt's end, a sample starts before it
-    if text.rewritten:
-        result.rewritten[tokenizer.decode(prompt[border:].tolist())] += 1
-    if text.left_out:
-        result.left_out.append(text.row)
     chosen, rejected = (Response(ids[:max_length], start) for ids, start in responses)
     if np.array_equal(chosen.ids, rejected.ids):
         result.note("chosen and rejected are the same tokens", text.row)
