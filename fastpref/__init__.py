@@ -26,7 +26,16 @@ if TYPE_CHECKING:
         linear_token_logps,
     )
     from fastpref.logps import sequence_logps, token_logps
-    from fastpref.losses import LOSSES, LossSpec, PreferenceOutput, dpo_loss, dpop_loss, get_loss, preference_loss
+    from fastpref.losses import (
+        LOSSES,
+        LossSpec,
+        PreferenceOutput,
+        dpo_loss,
+        dpop_loss,
+        get_loss,
+        kto_loss,
+        preference_loss,
+    )
     from fastpref.models import model_logps, model_token_logps
     from fastpref.training import TrainConfig, TrainResult, train
 
@@ -43,6 +52,7 @@ __all__ = [
     "dpo_loss",
     "dpop_loss",
     "get_loss",
+    "kto_loss",
     "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_logps",
@@ -60,7 +70,16 @@ _HOMES = {
     "extras": ("TokenExtras",),
     "linear": ("LinearPreferenceOutput", "linear_preference_loss", "linear_sequence_logps", "linear_token_logps"),
     "logps": ("sequence_logps", "token_logps"),
-    "losses": ("LOSSES", "LossSpec", "PreferenceOutput", "dpo_loss", "dpop_loss", "get_loss", "preference_loss"),
+    "losses": (
+        "LOSSES",
+        "LossSpec",
+        "PreferenceOutput",
+        "dpo_loss",
+        "dpop_loss",
+        "get_loss",
+        "kto_loss",
+        "preference_loss",
+    ),
     "models": ("model_logps", "model_token_logps"),
     "training": ("TrainConfig", "TrainResult", "train"),
 }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref.checks import check_number, check_tensor, describe
-from fastpref.losses import LossSpec, PreferenceOutput, get_loss, preference_loss
+from fastpref.linear.tokens import Request
+from fastpref.losses import LossSpec, PreferenceOutput, get_loss, kto_loss, preference_loss
+from fastpref.ops import sequence_reduce_op
 
 LossFunction = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
@@ -24,16 +26,37 @@ class ChosenLoss:
     beta: float
     options: dict[str, Any]
     grad: bool = False  # whether the caller has gradients on
+    weights: Sequence[float] | None = None  # of several losses
+    tokens: Tensor | None = None  # (2P,), scored tokens of each sequence, for a loss that needs them
 
     @property
     def reduction(self) -> str:
         return "sum" if self.spec is None else self.spec.reduction
 
+    @property
+    def needs_tokens(self) -> bool:
+        return self.spec is not None and self.spec.needs_tokens
+
+    def counting(
+        self,
+        labels: Tensor,  # (B, T)
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        request: Request,
+    ) -> ChosenLoss:
+        """This loss, told how many tokens of each sequence are scored: the sum of as many ones."""
+        ones = torch.ones(labels.shape, device=labels.device)
+        counts, _ = sequence_reduce_op(ones, labels, mask, cu_seqlens, request.shift, request.ignore_index, False)
+        return replace(self, tokens=counts)
+
     def __call__(self, logps: Tensor, ref_logps: Tensor | None) -> PreferenceOutput:
         chosen, rejected = logps.chunk(2)
         ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
         if self.spec is not None:
-            named: dict[str, Any] = {"loss": self.spec.name, "beta": self.beta, **self.options}
+            names = [term.name for term, _ in self.spec.terms] or self.spec.name
+            named: dict[str, Any] = {"loss": names, "loss_weights": self.weights, "beta": self.beta, **self.options}
+            if self.tokens is not None:
+                named["tokens"] = self.tokens.chunk(2)
             return preference_loss(chosen, rejected, ref_chosen, ref_rejected, **named)
         assert self.function is not None
         losses = self.function(chosen, rejected, ref_chosen, ref_rejected)
@@ -50,7 +73,9 @@ class ChosenLoss:
         return PreferenceOutput(losses.mean(), losses, *rewards)
 
 
-def check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) -> ChosenLoss:
+def check_loss(
+    loss: str | Sequence[str] | LossFunction, beta: float, options: dict[str, Any], weights: Sequence[float] | None
+) -> ChosenLoss:
     beta = check_number("beta", beta, minimum=0.0, open_minimum=True)
     if callable(loss):
         if options:
@@ -59,8 +84,24 @@ def check_loss(loss: str | LossFunction, beta: float, options: dict[str, Any]) -
                 "with functools.partial"
             )
         return ChosenLoss(None, loss, beta, {}, grad=torch.is_grad_enabled())
-    spec = get_loss(loss)
-    return ChosenLoss(spec, None, beta, spec.check_options(options))
+    spec = get_loss(loss, weights)
+    if spec.unpaired:
+        return ChosenLoss(None, _with_mismatched(beta, options), beta, {}, grad=torch.is_grad_enabled())
+    return ChosenLoss(spec, None, beta, spec.check_options(options), weights=weights)
+
+
+def _with_mismatched(beta: float, options: dict[str, Any]) -> LossFunction:
+    """`kto_loss` of P responses, with the KL estimate from the P mismatched ones that follow them."""
+    label = options.get("desirable")
+    if not isinstance(label, Tensor):
+        raise TypeError(f"loss 'kto' needs desirable, (P,) bool, for each response; got {describe(label)}")
+
+    def function(policy: Tensor, mismatched: Tensor, ref: Tensor | None, ref_mismatched: Tensor | None) -> Tensor:
+        if ref is None or ref_mismatched is None:
+            raise ValueError("loss 'kto' needs the reference's log-probs, but ref_logps is None")
+        return kto_loss(policy, ref, kl=mismatched - ref_mismatched, beta=beta, **options).losses
+
+    return function
 
 
 def check_pairs(hidden: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, spec: LossSpec | None) -> None:

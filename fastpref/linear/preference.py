@@ -7,6 +7,7 @@ in the forward, while tiles are at hand, and the backward hands them over. Losse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,7 +54,8 @@ def linear_preference_loss(
     labels: Tensor,  # (2P, T), or (N_total,) packed
     ref_logps: Tensor | None = None,  # (2P,)
     *,
-    loss: str | LossFunction = "sigmoid",
+    loss: str | Sequence[str] | LossFunction = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     bias: Tensor | None = None,  # (V,)
     memory_budget: int | str | None = None,
@@ -84,7 +86,9 @@ def linear_preference_loss(
         loss: a loss by name (`fastpref.LOSSES`), with its options as keywords; or a callable
             `loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected)` on (P,) tensors that returns (P,) losses or
             a scalar, differentiable by autograd. It sees the log-probs of all pairs at once, and any further term that
-            is to have a gradient belongs into it.
+            is to have a gradient belongs into it. A list of names, with `loss_weights`, as `preference_loss` takes it.
+            For "kto" the first P sequences are responses, labelled by the option `desirable`, (P,) bool, and the last P
+            mismatched ones for its KL estimate: see `kto_loss`.
         reduction: "sum" or "mean" over scored tokens; by default what the loss's paper means, "sum" for a callable.
         vocab_group: as `linear_token_logps`: this rank has a part of the head. ref_logps and loss are the same on all
             ranks; no streaming.
@@ -102,9 +106,11 @@ def linear_preference_loss(
 
     def check() -> Call:
         nonlocal chosen_loss, reduction
-        chosen_loss = check_loss(loss, beta, loss_options)
+        chosen_loss = check_loss(loss, beta, loss_options, loss_weights)
         chosen = chosen_loss.reduction if reduction is None else reduction
         reduction = check_choice("reduction", chosen, ("sum", "mean"))
+        if chosen_loss.needs_tokens and reduction != "sum":
+            raise ValueError(f"loss {chosen_loss.spec.name!r} takes sums: leave out reduction={reduction!r}")
         options = check_options(temperature, logit_scale, softcap, ignore_index, shift)
         check_batch("hidden states", "H", hidden, labels, mask, cu_seqlens, shift)
         part, bias_part = local_part("weight", weight, vocab_group), local_part("bias", bias, vocab_group)
@@ -119,7 +125,9 @@ def linear_preference_loss(
     def also() -> dict[str, int]:
         named = chosen_loss.spec.name if chosen_loss.spec is not None else "a callable"
         return {
-            "loss, beta, its options and reduction (checksum)": text_checksum((named, beta, loss_options, reduction)),
+            "loss, beta, its options and reduction (checksum)": text_checksum(
+                (named, loss_weights, beta, loss_options, reduction)
+            ),
             "ref_logps (checksum)": bits_checksum(ref_logps),
             "cu_seqlens (checksum)": checksum(cu_seqlens),
         }
@@ -132,6 +140,8 @@ def linear_preference_loss(
             cu_seqlens=cu_seqlens, mask=mask, shift=shift, ignore_index=ignore_index, temperature=temperature,
             logit_scale=logit_scale, softcap=softcap,
         ))  # fmt: skip
+        if chosen_loss.needs_tokens:
+            chosen_loss = chosen_loss.counting(call.labels, call.mask, cu_seqlens, call.request)
         out = chosen_loss(logps, ref_logps)
         return LinearPreferenceOutput(*out, *logps.detach().chunk(2))
     found = _LinearPreference.apply(
@@ -171,6 +181,8 @@ class _LinearPreference(torch.autograd.Function):
         if request.on_plan is not None:
             request.on_plan(plan)
         mean = reduction == "mean"
+        if loss.needs_tokens:
+            loss = loss.counting(labels, mask, cu_seqlens, request)
         with torch.autocast(hidden.device.type, enabled=False), precision(request.operand, hidden.device):
             if plan.name == "stream":
                 assert margin is not None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fastpref.losses.registry import LOSSES, NOTATION
+from fastpref.losses.registry import KTO, LOSSES, NOTATION
 from fastpref.losses.spec import LossSpec
 from fastpref.tables import markdown_table
 
 
 def table() -> str:
     header = ("loss", "formula of one pair", "log-probs", "options", "source")
-    lines = markdown_table(header, map(_row, LOSSES.values()), words=len(header))
+    lines = markdown_table(header, map(_row, (*LOSSES.values(), KTO)), words=len(header))
     return "\n".join(lines) + f"\n\n{NOTATION}.\n"
 
 
@@ -20,6 +20,7 @@ def _row(spec: LossSpec) -> tuple[str, ...]:
         spec.reduction
         + ("" if spec.needs_reference else ", no reference")
         + ("" if spec.separable else ", whole batch")
+        + (", unpaired" if spec.unpaired else "")
     )
     return names, spec.formula_text, kind, options, spec.paper
 

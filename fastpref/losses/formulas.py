@@ -84,6 +84,25 @@ def sppo_hard(pairs: PairLogps, beta: float) -> Tensor:  # (B,)
     return (pairs.chosen_ratio - 0.5 / beta).square() + (pairs.rejected_ratio + 0.5 / beta).square()
 
 
+def kto(
+    policy: Tensor,  # (N,)
+    reference: Tensor,  # (N,)
+    desirable: Tensor,  # (N,) bool
+    kl: Tensor,  # ()
+    beta: float,
+    *,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:  # (N,)
+    """w·(1 − σ(±β·(c − z))), + for a desirable response and − for an undesirable one; z = `kl`.
+
+    Ethayarajh et al. 2024 (KTO), https://arxiv.org/abs/2402.01306, eq. 7, less the constant that makes it a value.
+    """
+    u = beta * (policy - reference - kl)
+    losses = _sigmoid(torch.where(desirable, -u, u))
+    return torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
+
+
 def aot(pairs: PairLogps, beta: float, *, label_smoothing: float, margin_clip: float | None = None) -> Tensor:  # (B,)
     """Smoothed −log σ(β·(sort(π_w − π_l) − sort(ref_w − ref_l))): a loss of the batch.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from fastpref.checks import check_choice
+from fastpref.checks import check_choice, describe
 from fastpref.losses import formulas, margin
+from fastpref.losses.mix import mixed
 from fastpref.losses.spec import LossOption, LossSpec, MarginForm, PairLogps
 
 MARGIN_CLIP = LossOption(
@@ -208,6 +209,18 @@ _SPECS = (
     ),
 )
 
+KTO = LossSpec(
+    "kto",
+    formula=formulas.kto,
+    formula_text="w·σ(β·(z − c)) if desirable, else w·σ(β·(c − z)); z = max(0, the mean c of mismatched pairs)",
+    paper="KTO, Ethayarajh et al. 2024, arXiv:2402.01306",
+    unpaired=True,
+    options=(
+        LossOption("desirable_weight", 1.0, "w of a desirable response", minimum=0.0),
+        LossOption("undesirable_weight", 1.0, "w of an undesirable response", minimum=0.0),
+    ),
+)
+
 # The letters of `formula_text`, for whoever prints it.
 NOTATION = (
     "π_w, π_l, ref_w, ref_l: log-probs of the chosen and the rejected response under policy and reference; "
@@ -216,9 +229,20 @@ NOTATION = (
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 
-_BY_NAME = {name: spec for spec in _SPECS for name in (spec.name, *spec.aliases)}
+_BY_NAME = {name: spec for spec in (*_SPECS, KTO) for name in (spec.name, *spec.aliases)}
 
 
-def get_loss(name: str) -> LossSpec:
-    """The loss of that name or alias; ValueError, listing all names, where there is none."""
-    return _BY_NAME[check_choice("loss", name, _BY_NAME)]
+def get_loss(name: str | Sequence[str], weights: Sequence[float] | None = None) -> LossSpec:
+    """The loss of that name or alias, or the sum of several with these weights, by default 1 each.
+
+    ValueError, listing all names, where there is none; or where the weights are not as many as the losses.
+    """
+    names = name if isinstance(name, (list, tuple)) and name else [name]
+    if weights is not None and not isinstance(weights, (list, tuple)):
+        raise TypeError(f"loss_weights must be a list of numbers, got {describe(weights)}")
+    specs = [_BY_NAME[check_choice("loss", one, _BY_NAME)] for one in names]
+    if len(specs) > 1:
+        return mixed(specs, weights)
+    if weights is not None:
+        raise ValueError(f"loss_weights={weights} goes with several losses, and loss is {specs[0].name!r} alone")
+    return specs[0]

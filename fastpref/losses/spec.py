@@ -37,6 +37,9 @@ class PairLogps(NamedTuple):
         return self.chosen_ratio - self.rejected_ratio
 
 
+ResponseTokens = tuple[Tensor, Tensor]  # (B,) each: scored tokens of the chosen and of the rejected responses
+
+
 class MarginForm(NamedTuple):
     """A loss f(u) of one argument, u = scale·(margin − lam·max(0, ref_chosen − policy_chosen)), cut to ±clip.
 
@@ -88,7 +91,8 @@ class LossSpec:
 
     `formula(pairs, beta, **options)` gives the losses `(B,)` in plain differentiable torch. A loss of one
     argument also has `margin(beta, **options)`, which says which f(u) it is, and then has a fused path.
-    `penalty(pairs, **options)` is what a loss adds and reports, `(B,)`.
+    `penalty(pairs, **options)` is what a loss adds and reports, `(B,)`. The formula of an `unpaired` loss is that of
+    `kto_loss`. A weighted sum of losses has `terms`; the formula of one that `needs_tokens` takes `tokens` besides.
     """
 
     name: str
@@ -102,13 +106,33 @@ class LossSpec:
     aliases: tuple[str, ...] = ()
     margin: Callable[..., MarginForm] | None = field(default=None, repr=False)
     penalty: Callable[..., Tensor] | None = field(default=None, repr=False)
+    unpaired: bool = False  # of single responses, each labelled desirable or not
+    terms: tuple[tuple[LossSpec, float], ...] = field(default=(), repr=False)  # of a sum, each with its weight
 
     @property
     def fused(self) -> bool:
         return self.margin is not None
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it takes sums of log-probs, and means besides."""
+        return any(term.reduction != self.reduction for term, _ in self.terms)
+
+    @property
+    def penalty_name(self) -> str | None:
+        """The loss that the penalty is of."""
+        return next((term.name for term, _ in self.terms or ((self, 1.0),) if term.penalty is not None), None)
+
+    def own_options(self, options: Mapping[str, Any]) -> dict[str, float | None]:
+        """Every option of this loss, with its default where it is not among those given; others are passed over."""
+        known = {option.name for option in self.options}
+        return self.check_options({name: value for name, value in options.items() if name in known})
+
     def check_options(self, options: Mapping[str, Any]) -> dict[str, float | None]:
-        """Every option of this loss, the given values checked; TypeError for an unknown one."""
+        """Every option of this loss, the given values checked; TypeError for an unknown one.
+
+        Of a sum of losses those that were given: each term has defaults of its own.
+        """
         known = {option.name: option for option in self.options}
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -117,6 +141,9 @@ class LossSpec:
             raise TypeError(
                 f"loss {self.name!r} does not take {', '.join(map(repr, unknown))}; besides beta it takes {takes}{hint}"
             )
+        if self.terms:
+            return {name: value for term, _ in self.terms for name, value in term.own_options(options).items()
+                    if name in options}  # fmt: skip
         return {name: option.check(options.get(name, option.default)) for name, option in known.items()}
 
 

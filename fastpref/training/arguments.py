@@ -74,7 +74,7 @@ def _add(parser: Parser, option: Field[Any], hint: Any) -> None:
     if get_origin(hint) is Literal:
         told["metavar"] = "{" + ",".join(get_args(hint)) + "}"  # TrainConfig checks them, with its own message
         kinds = [str]
-    kind = str if str in kinds else kinds[0]
+    kind = str if str in kinds else float if list[float] in kinds else kinds[0]
     parser.add_argument(*names, type=kind, default=option.default, help=text, **told)
 
 
@@ -107,7 +107,7 @@ def _file_arguments(name: str) -> list[str]:
         elif value is None:
             if known[key] is not None:
                 raise UsageError(f"{key} is empty; leave it out for its default, {known[key]!r}")
-        elif isinstance(value, list) and list[str] in takes:
+        elif isinstance(value, list) and {list[str], list[float]} & set(takes):
             arguments += [f"--{key}", *map(str, value)]
         elif isinstance(value, list) or (isinstance(value, dict) and dict[str, Any] not in takes):
             raise UsageError(f"{key} must be one value, got {describe(value)}; names are separated by commas")

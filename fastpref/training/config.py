@@ -100,7 +100,15 @@ class TrainConfig:
     )
 
     # Loss
-    loss: str = _option("sigmoid", "Name of the preference loss: dpo, dpop, ipo, sft, kl_sft and so on.")
+    loss: list[str] | str = _option(  # noqa: RUF009
+        "sigmoid",
+        "Name of the preference loss: dpo, dpop, ipo, sft, kl_sft and so on; kto for unpaired data. Several names are "
+        "the sum of their losses.",
+        parser={"nargs": "+"},
+    )
+    loss_weights: list[float] | None = _option(  # noqa: RUF009
+        None, "The weight of each loss in a sum of several; by default 1.", parser={"nargs": "+"}, **POSITIVE
+    )
     beta: float = _option(0.1, "Strength of the pull towards the reference model.", **POSITIVE)
     loss_options: dict[str, Any] | str | None = _option(  # noqa: RUF009
         None, "Options of the loss as JSON, for instance '{\"lam\": 5.0}' for dpop."
@@ -217,6 +225,8 @@ class TrainConfig:
             if not isinstance(theirs, str):
                 raise TypeError(f"columns: {ours!r} must be the name of a column, got {describe(theirs)}")
         self.resume = _resume(self.resume)
+        if isinstance(self.loss, (list, tuple)):
+            self.loss = list(self.loss) if len(self.loss) != 1 else self.loss[0]
         hints = get_type_hints(TrainConfig)
         for option in fields(self):
             value = getattr(self, option.name)
@@ -241,8 +251,12 @@ class TrainConfig:
     @property
     def loss_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `fastpref.preference_loss` beyond the log-probs."""
+        return {"loss": self.loss, "loss_weights": self.loss_weights, "beta": self.beta, **self.options_of_loss}
+
+    @property
+    def options_of_loss(self) -> dict[str, Any]:
         assert isinstance(self.loss_options, dict)  # __post_init__ made it one
-        return {"loss": self.loss, "beta": self.beta, **self.loss_options}
+        return self.loss_options
 
 
 def _check(option: Field[Any], hint: Any, value: Any) -> None:
@@ -264,6 +278,11 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
     elif list[str] in kinds and isinstance(value, (list, tuple)):
         if not value or not all(isinstance(part, str) and part.strip() for part in value):
             raise TypeError(f"{name} must be a name or a list of names, got {describe(value)}")
+    elif list[float] in kinds:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise TypeError(f"{name} must be a list of numbers, got {describe(value)}")
+        for part in value:
+            check_number(name, part, **bounds)
     elif dict[str, Any] not in kinds and not (isinstance(value, str) and value.strip()):
         raise TypeError(
             f"{name} must be a non-empty string{' or None' * (option.default is None)}, got {describe(value)}"

@@ -254,7 +254,7 @@ class _Loop:
         record = {
             "step": step,
             "epoch": run.plan.epoch(step),
-            **means(totals, loss_name=run.spec.name, has_penalty=run.spec.penalty is not None),
+            **means(totals, run.spec),
             **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),  # it is not, in a skipped step
             "learning_rate": learning_rate,
             "num_tokens": self.tokens,

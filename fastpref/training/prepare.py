@@ -176,8 +176,8 @@ def _check_cache(config: TrainConfig) -> None:
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
-    spec = get_loss(config.loss)
-    spec.check_options({k: v for k, v in config.loss_arguments.items() if k not in ("loss", "beta")})
+    spec = get_loss(config.loss, config.loss_weights)
+    spec.check_options(config.options_of_loss)
     if config.reference_model is not None and not spec.needs_reference:
         raise ValueError(f"loss {spec.name!r} has no reference: leave out reference_model={config.reference_model!r}")
     if not spec.separable and (config.gradient_accumulation_steps or 1) * world > 1:

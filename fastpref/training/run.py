@@ -18,7 +18,8 @@ from fastpref.training.data.tokens import Pair, data_digest
 # Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
 # free.)
 FIXED_ON_RESUME = (
-    "loss", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps", "warmup_ratio",
+    "loss", "loss_weights", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps",
+    "warmup_ratio",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision", "logps",
     "disable_dropout", "seed", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head",
     "reference_model",

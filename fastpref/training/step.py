@@ -46,7 +46,9 @@ def add_gradient(run: Run, model: Any, pairs: Sequence[Pair], *, scale: float, l
 def score(run: Run, model: Any, pairs: Sequence[Pair]) -> Scored:
     """The pairs under `model`, which is the run's as it is or wrapped; with gradients where these are on."""
     batch, policy = log_probs(run, model, pairs)
-    output = preference_loss(*policy, *reference_logps(batch, run.spec), **run.config.loss_arguments)
+    output = preference_loss(
+        *policy, *reference_logps(batch, run.spec), tokens=batch.scored_tokens, **run.config.loss_arguments
+    )
     return Scored(batch, *policy, output)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +80,15 @@ class Batch:
     tokens: int  # of the 2P sequences, not padding; a shared prompt counts for both
     ref_chosen: Tensor | None  # (P,) float32
     ref_rejected: Tensor | None  # (P,) float32
+
+    @property
+    def scored_tokens(self) -> tuple[Tensor, Tensor]:
+        """How many tokens of each chosen and of each rejected response are scored, (P,) int64 each."""
+        if self.scored is not None:
+            chosen, rejected = self.scored.cu_seqlens.diff().chunk(2)
+        else:
+            chosen, rejected = (cast(Tensor, self.labels)[:, 1:] != IGNORE).sum(1).chunk(2)
+        return chosen, rejected
 
 
 def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:

@@ -25,7 +25,7 @@ def evaluate(run: Run) -> dict[str, float]:
     A loss that does not separate by pair is computed a batch at a time, so its value depends on `batch_size`.
     """
     spec, accelerator = run.spec, run.accelerator
-    sums, has_penalty = zero_sums(accelerator.device), spec.penalty is not None
+    sums = zero_sums(accelerator.device)
     run.model.eval()
     with torch.no_grad(), run.console.bar("evaluation", len(run.eval_pairs), unit="pair") as bar:
         for indices, counts in deal(_batches(run), accelerator):
@@ -39,7 +39,7 @@ def evaluate(run: Run) -> dict[str, float]:
             bar.advance(len(chunk) * accelerator.num_processes, tokens=tokens)
     run.model.train()
     totals = accelerator.reduce(sums, "sum").tolist()
-    return means(totals, loss_name=spec.name, has_penalty=has_penalty, prefix="eval_")
+    return means(totals, spec, prefix="eval_")
 
 
 def _batches(run: Run) -> list[list[int]]:

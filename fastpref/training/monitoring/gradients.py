@@ -17,7 +17,7 @@ from fastpref.training.distributed.processes import backward, is_sharded
 from fastpref.training.memory.oom import out_of_memory
 from fastpref.training.monitoring.nonfinite import SeenStep
 from fastpref.training.run import Run
-from fastpref.training.step import log_probs
+from fastpref.training.step import log_probs, reference_logps
 
 # A norm explodes where it is FACTOR times what is usual and BEYOND times what has been. Where the step's loss is not
 # above the first step's it must also be SATURATED times what has been, or UNLIKE: so many standard deviations from the
@@ -154,13 +154,10 @@ def _measure(
     """
     places = _picked(rows, pairs)
     chosen = [pairs[rows[place].row] for place in places]
-    reference: list[Tensor | None] = [None, None]
-    if run.spec.needs_reference:
-        every = [pairs[row.row] for row in rows]
-        known = [[pair.ref_chosen_logp for pair in every], [pair.ref_rejected_logp for pair in every]]
-        reference = list(torch.tensor(known, dtype=torch.float32, device=values.device))
-    arguments = {name: value for name, value in run.config.loss_arguments.items() if name != "loss"}
-    _, *weights = coefficients(run.spec, values[1], values[2], *reference, **arguments)  # each (P,)
+    batch = run.collate([pairs[row.row] for row in rows])
+    policy, reference = (values[1], values[2]), reference_logps(batch, run.spec)
+    options: Any = {"beta": run.config.beta, "tokens": batch.scored_tokens, **run.config.options_of_loss}
+    _, *weights = coefficients(run.spec, *policy, *reference, **options)  # each (P,)
     try:
         norms = _norms_alone(run, model, chosen, torch.stack(weights)[:, places])
     except (RuntimeError, MemoryError) as error:

@@ -67,9 +67,11 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # float32 counts tokens exactly to 2**24
 
 
-def means(sums: list[float], *, loss_name: str, has_penalty: bool, prefix: str = "") -> dict[str, float]:
+def means(sums: list[float], spec: LossSpec, *, prefix: str = "") -> dict[str, float]:
     """Sums, already gathered, divided by the number of pairs."""
-    names = [*MEANS, *(f"{loss_name}/{name}" for name in PENALTY)] if has_penalty else list(MEANS)
+    names = list(MEANS)
+    if spec.penalty_name is not None:
+        names += [f"{spec.penalty_name}/{name}" for name in PENALTY]
     pairs = sums[-2]
     return {prefix + name: value / pairs for name, value in zip(names, sums, strict=False)}
 
@@ -77,7 +79,7 @@ def means(sums: list[float], *, loss_name: str, has_penalty: bool, prefix: str =
 def check_best(name: str, spec: LossSpec, *, save_best: bool, eval_pairs: int) -> None:
     """ValueError unless an evaluation gives the metric that says which model is the best."""
     ones = [1.0] * len(zero_sums(torch.device("cpu")))
-    names = list(means(ones, loss_name=spec.name, has_penalty=spec.penalty is not None, prefix="eval_"))
+    names = list(means(ones, spec, prefix="eval_"))
     if name not in names:
         raise ValueError(f"best_metric must be one of {', '.join(names)} with loss {spec.name!r}, got {name!r}")
     if save_best and not eval_pairs:

@@ -114,6 +114,7 @@ def make_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]
         reference: Any = "other",
         config: Any = None,
         parts: Any = None,
+        data: Any = None,
         **changes: Any,
     ) -> Any:
         config = trl.DPOConfig if config is None else config
@@ -145,7 +146,7 @@ def make_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]
             model=policy,
             ref_model=reference,
             args=config(**options),
-            train_dataset=datasets.Dataset.from_list(ROWS),
+            train_dataset=datasets.Dataset.from_list(ROWS if data is None else data),
             processing_class=word_tokenizer(),
             **(parts or {}),
         )
