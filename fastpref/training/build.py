@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from fastpref.checks import describe
-from fastpref.training.adapters import choose_trained
+from fastpref.training.adapters import choose_trained, is_adapted, output_head
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
 from fastpref.training.memory.oom import out_of_memory
 
 # A trial model for a CPU: GPT-2's shape, and with its tokenizer almost all of the time goes into the vocabulary.
 DEFAULT_MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 2}
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+# Ends of the names of what old versions of transformers saved, and newer ones compute.
+COMPUTED = ("inv_freq", "attn.bias", "attention.bias", "masked_bias", "position_ids")
+SHOWN = 3  # names in a message
 
 Say = Callable[[str], None]
 
@@ -40,7 +57,7 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
         )
     if given is None:
         with loading("model" if config.tokenizer is None else "tokenizer", source):
-            given = AutoTokenizer.from_pretrained(source)
+            given = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     tokenizer = given
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
@@ -65,9 +82,7 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
             raise TypeError(f"model must be a transformers causal language model, got {type(given).__name__}")
         model = given
     elif config.model is not None:
-        # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
-        with loading("model", config.model):
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        model = load_model(config)
     elif config.lora_rank:
         raise ValueError(
             f"lora_rank={config.lora_rank} adapts trained weights, and a model with random weights was asked for, of "
@@ -78,6 +93,8 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
     _check_fit(model, tokenizer, max_length)
     if config.disable_dropout:
         disable_dropout(model)
+    for line in (*freeze_other_modalities(model), *unsaved(model)):
+        say(line)
     model, lines = choose_trained(model, config)
     for line in lines:
         say(line)
@@ -93,6 +110,128 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
     return model
 
 
+def load_model(config: TrainConfig, *, device: str | None = None, weights: bool = True) -> Any:
+    """`config.model` in the class that it was saved as.
+
+    Args:
+        device: "meta" reads the headers of the weights' files and nothing else.
+        weights: False builds it from its config alone, on the device.
+    """
+    source, trust = cast(str, config.model), config.trust_remote_code
+    # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
+    options: dict[str, Any] = {"dtype": torch.float32}
+    with loading("model", source):
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        kind = model_class(whole)
+        if not weights:
+            with torch.device(device or "cpu"):
+                if hasattr(kind, "from_config"):
+                    return kind.from_config(whole, trust_remote_code=trust, **options)
+                return kind._from_config(whole, **options)
+        model, found = kind.from_pretrained(
+            source, device_map=device, output_loading_info=True, trust_remote_code=trust, **options
+        )
+        if found["missing_keys"]:
+            raise ValueError(
+                f"it lacks {_some(found['missing_keys'])} of {type(model).__name__}, which would be random: take a "
+                "language model's checkpoint"
+            )
+    return model
+
+
+def model_class(config: Any) -> Any:
+    """The class that a checkpoint was saved as, be it a vision-language model's; ValueError where it predicts no text.
+
+    The auto class for causal language models would load the text part alone of some, and know nothing of others.
+    """
+    name = (config.architectures or [config.model_type])[0]
+    if getattr(config, "is_encoder_decoder", False) or name.endswith("ForMaskedLM"):
+        raise ValueError(f"{name} does not predict the next token from those before: take a causal language model")
+    named = getattr(transformers, name, None)  # None where the checkpoint brings its own code
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
+        return named
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    code = getattr(config, "auto_map", None) or {}
+    for auto in autos:
+        if type(config) in auto._model_mapping or auto.__name__ in code:
+            return auto
+    raise ValueError(f"{name} is no class of transformers {transformers.__version__} that writes text")
+
+
+def freeze_other_modalities(model: Any) -> list[str]:
+    """Freeze what text does not reach in a model of several modalities, of which DDP would wait for gradients."""
+    text = model.config.get_text_config()
+    if text is model.config or is_adapted(model):
+        return []
+    reached = {id(p) for part in (model.get_decoder(), output_head(model)) for p in part.parameters()}
+    others = [p for p in model.parameters() if id(p) not in reached and p.requires_grad]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    count = sum(p.numel() for p in others)
+    return (
+        [f"{count:,} weights of {type(model).__name__} serve images or sound: they stay as they are"] if count else []
+    )
+
+
+def unsaved(model: Any) -> list[str]:
+    """A line that names the tensors of the checkpoint that the saved model will lack; none where it lacks none."""
+    if is_adapted(model):
+        return []
+    names = tensor_names(model.name_or_path)
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    lost = names - revert_weight_conversion(model, empty).keys() if names else set()
+    lost = {name for name in lost if not name.endswith(COMPUTED)}
+    if not lost:
+        return []
+    return [
+        f"{len(lost)} of the checkpoint's {len(names)} tensors are no part of {type(model).__name__}, and the saved "
+        f"model will be without them: {_some(lost)}"
+    ]
+
+
+def tensor_names(source: str) -> set[str]:
+    """The names of a checkpoint's tensors, in a folder or the hub's cache; empty where it has none here."""
+    for name in (SAFETENSORS, TORCH):
+        if (index := source_file(source, f"{name}{INDEX}")) is not None:
+            return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if (file := source_file(source, name)) is None:
+            continue
+        if name == TORCH:
+            return set(torch.load(file, map_location="meta", weights_only=True))
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    return set()
+
+
+def source_file(source: str, name: str) -> Path | None:
+    """A file of a model's folder, or of the hub's local cache; None where it is in neither."""
+    path = Path(source).expanduser() / name
+    if not source or path.parent.is_dir():
+        return path if source and path.is_file() else None
+    try:
+        cached = try_to_load_from_cache(source, name)
+    except HFValidationError:  # no name of the hub's
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the bars that transformers draws when it writes or reads weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 @contextmanager
 def loading(name: str, source: str | None) -> Iterator[None]:
     """Whatever a missing or damaged folder makes a loader raise, as an error that names the option and its value."""
@@ -102,7 +241,12 @@ def loading(name: str, source: str | None) -> Iterator[None]:
         if out_of_memory(error):
             raise
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name}={source!r} cannot be loaded: {error or type(error).__name__}") from error
+        reason = (
+            f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        )
+        if "trust_remote_code" in reason:
+            reason = "it brings code of its own: read that, and set trust_remote_code to run it"
+        raise kind(f"{name}={source!r} cannot be loaded: {reason}") from error
 
 
 def _check_folder(name: str, source: str | None) -> None:
@@ -144,6 +288,29 @@ def _check_fit(model: Any, tokenizer: Any, max_length: int) -> None:
     if isinstance(positions, int) and 0 < positions < max_length:
         raise ValueError(
             f"max_length={max_length} is beyond the model's {positions} positions: set max_length={positions} or less"
+        )
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """ValueError where the model's logits depend on later tokens: what it gives are no log-probs of next tokens."""
+    if model.device.type == "meta":
+        return
+    vocabulary, was = model.get_input_embeddings().weight.shape[0], model.training
+    ids = torch.arange(16, device=model.device).view(2, 8) % vocabulary
+    ids[1, :4] = ids[0, :4]
+    model.eval()
+    try:
+        first, second = model(input_ids=ids, use_cache=False).logits[:, -8:-4].float()
+    finally:
+        model.train(was)
+    # Rows of one batch round alike, but for experts, and LLM.int8, whose outliers are those of the batch.
+    floating = all(p.is_floating_point() for p in model.parameters())
+    tolerance = max(1e-4, 16 * torch.finfo(model.dtype).eps) if floating else 0.1
+    if (first - second).abs().max() > tolerance * first.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} looks at later tokens (its logits change with them), as a masked language model "
+            "does: take a causal one (of BERT's family, one whose config has is_decoder=true)"
         )
 
 

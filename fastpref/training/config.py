@@ -54,6 +54,7 @@ class TrainConfig:
         None, "JSON text or a config.json path: a model with random weights, instead of --model."
     )
     tokenizer: str | None = _option(None, "Folder or hub name of the tokenizer; by default that of --model.")
+    trust_remote_code: bool = _option(False, "Run the code that a checkpoint brings along: read it first.")
     chat_template: str | None = _option(None, "Jinja chat template, as text or as a path to a file.")
 
     reference_model: str | None = _option(

@@ -16,7 +16,7 @@ from fastpref.console import Console
 from fastpref.folders import Claim
 from fastpref.losses import LossSpec, get_loss
 from fastpref.training.adapters import adapters_wanted
-from fastpref.training.build import build_model, build_tokenizer
+from fastpref.training.build import build_model, build_tokenizer, check_causal
 from fastpref.training.checkpoints.run_folder import claim_folder
 from fastpref.training.checkpoints.save import ResumeError, find_checkpoint, load_state
 from fastpref.training.config import (
@@ -108,6 +108,7 @@ def _load(
     build = build_on_meta if config.dry_run else build_model
     model = build(config, model, tokenizer, max_length=max_length, say=console.say)
     model = model if config.dry_run else place(accelerator, model)
+    check_causal(model)
     own_attention = model.config._attn_implementation
     layout = settle_layout(
         config,

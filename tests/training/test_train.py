@@ -19,7 +19,7 @@ from fastpref.losses import LOSSES, get_loss
 from fastpref.training import TrainConfig, loop, train
 from fastpref.training.data.collate import Layout, collate
 from fastpref.training.data.tokens import tokenize_rows
-from fastpref.training.loop import make_optimizer, make_schedule
+from fastpref.training.loop import make_optimizer, make_schedule, train_run
 from fastpref.training.monitoring import plots
 from fastpref.training.prepare import _with_defaults, prepare
 
@@ -274,10 +274,10 @@ def test_bf16_that_this_cpu_only_emulates_is_left_out_everywhere_and_a_line_says
     """Reference, steps, evaluation and samples."""
     monkeypatch.setattr("fastpref.training.precision.multiplies_bf16_faster", lambda device: faster)
     seen: set[bool] = set()
-    model = make_model()
-    model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
     config = make_config(precision="bf16", layout="padded", max_steps=1, sample_prompts=1, max_new_tokens=2)
-    train(config, model=model, tokenizer=tokenizer, train_dataset=rows[:4], eval_dataset=rows[4:6])
+    run = prepare(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows[:4], eval_dataset=rows[4:6])
+    run.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    train_run(run)
     assert seen == {faster}
     assert ("precision=bf16 would be slower on this CPU" in capsys.readouterr().err) is not faster
 

@@ -7,8 +7,8 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers.utils import logging as transformers_logging
 
 from fastpref.training.adapters import is_adapted
+from fastpref.training.build import no_bars, source_file
 from fastpref.training.checkpoints.durable import (
     MANIFEST,
     WRITE_ERRORS,
@@ -43,6 +43,8 @@ OPTIMIZER = "optimizer.pt"
 BEST = "best.json"
 LOWER_IS_BETTER = ("loss", "rejected", "penalty", "active_frac")  # endings of metrics; of the others more is
 SPARE = 1 << 20  # bytes of a saved model beside its weights: config, tokenizer
+# What a model that takes images or sound needs beside weights and tokenizer: its processor's files.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -190,9 +192,12 @@ def _save_alone(run: Run, model: Any, name: str, notes: Mapping[str, Any]) -> No
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor]) -> None:
-    with _no_bars():
+    with no_bars():
         model.save_pretrained(folder, state_dict=weights)  # of a PEFT model: its adapter
     tokenizer.save_pretrained(folder)
+    for name in () if is_adapted(model) else PROCESSOR:
+        if (file := source_file(model.name_or_path, name)) is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _save(value: Any, path: Path) -> None:
@@ -229,7 +234,7 @@ def _load_weights(run: Run, model: Any, folder: Path) -> None:
         return
     # By way of a second model: save_pretrained may shard, rename and leave out tied weights, and undoes it itself.
     widest = functools.reduce(torch.promote_types, (p.dtype for p in run.model.parameters()))  # rounds none of them
-    with _no_bars():
+    with no_bars():
         loaded = type(run.model).from_pretrained(folder, dtype=widest)
     load_model_state(run.accelerator, model, loaded.state_dict())
 
@@ -273,15 +278,3 @@ def _bytes(value: Any) -> int:
     """Bytes of all tensors in a nested state; shared ones count once."""
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the bars that transformers draws when it writes or reads weights."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
