@@ -111,7 +111,7 @@ def train_run(run: Run) -> TrainResult:
         return TrainResult(run.output_dir, run.model, 0, [], dry_run=dry_run(run))
     with StopSignals(run.accelerator) as signals:
         try:
-            with full_disk_noticed(run.output_dir), tracking(run):
+            with full_disk_noticed(run.output_dir):
                 with signals.at_once():  # the reference's log-probs keep themselves
                     loop = _Loop(run)
                 return loop.train(signals)
@@ -153,6 +153,7 @@ class _Loop:
         describe_run(run)
         run.model.train()
         with (
+            tracking(run),
             MetricLog(run, evaluated=self.evaluated) as log,
             run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
