@@ -110,9 +110,9 @@ def test_a_file_that_does_not_fit_is_named_with_the_fault(tmp_path: Path, capsys
     assert main(["train", str(path)]) == 2
     error = capsys.readouterr().err
     assert "unknown option 'learning_rat'; did you mean 'learning_rate'?" in error
-    path.write_text("quux: blue\n")
+    path.write_text("xyzzy: blue\n")
     assert main(["train", str(path)]) == 2
-    assert "unknown option 'quux'; the options are model, model_config, tokenizer" in capsys.readouterr().err
+    assert "unknown option 'xyzzy'; the options are model, model_config, tokenizer" in capsys.readouterr().err
     path.write_text("max_grad_norm:\n")
     assert main(["train", str(path)]) == 2
     assert "max_grad_norm is empty; leave it out for its default, 1.0" in capsys.readouterr().err
