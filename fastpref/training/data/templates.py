@@ -100,7 +100,7 @@ class ChatTemplate:
             ValueError: the template fails, or leaves out the last message, as many do with roles they do not know.
         """
         text, last = self.render(prompt, index, add_generation_prompt=True), prompt[-1]
-        if last["role"] not in ("assistant", "tool") and leaves_out(text, [last]):
+        if last["role"] != "assistant" and leaves_out(text, [last]):
             raise ValueError(
                 f"row {index}: the chat template leaves out the last message of the prompt, of the role "
                 f"{last['role']!r}: give it a role that the template renders, such as 'user', or set another "
@@ -158,7 +158,7 @@ class ChatTemplate:
                 f"the prompt ends with {max(ends, key=len)!r} for generation, but the chat template does not write "
                 "that before the response: it is left out, and the response is scored from there on"
             )
-        asked = [message for message in prompt if message["role"] not in ("assistant", "tool")]
+        asked = [message for message in prompt if message["role"] != "assistant"]  # older reasoning goes by intention
         if leaves_out(rendered, asked) or any(map(leaves_out, texts, responses)):
             notes.append(
                 "the chat template leaves out text of a message (its reasoning, or a role that it does not render), "
@@ -167,7 +167,7 @@ class ChatTemplate:
         said = [response[-1].get("content") or "" for response in responses]
         if any(last.strip() and text.rstrip().endswith(last.rstrip()) for text, last in zip(texts, said, strict=True)):
             notes.append("the chat template writes nothing after the response, which does not teach where to stop")
-        if TODAY.search(self._text):
+        if any(DATE.strftime(call[2]) in rendered for call in TODAY.finditer(self._text)):
             notes.append(f"the chat template writes the day's date: {DATE} stands for it, on all days")
         tools = [str(tool.get("function", tool).get("name")) for tool in self.options.get("tools", ())]
         if any(tool not in rendered for tool in tools):
@@ -239,8 +239,9 @@ def _around(text: str, place: int) -> str:
 
 
 def leaves_out(text: str, messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a rendered `text` lacks what one of the messages says; spaces do not count."""
-    said = [message[key] for message in messages for key in SPOKEN if isinstance(message.get(key), str)]
+    """Whether a rendered `text` lacks what one of the messages says; spaces do not count, nor tools' results."""
+    spoken = [message for message in messages if message["role"] != "tool"]  # some write these as JSON
+    said = [message[key] for message in spoken for key in SPOKEN if isinstance(message.get(key), str)]
     missing = [part for part in said if part.strip() not in text]
     squeezed = "".join(text.split()) if missing else ""
     return any("".join(part.split()) not in squeezed for part in missing)
