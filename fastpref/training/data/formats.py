@@ -12,14 +12,13 @@ import ast
 import json
 import re
 import unicodedata
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastpref.checks import describe
-from fastpref.training.data.templates import ChatTemplate, check_tool_calls
+from fastpref.training.data.templates import ChatTemplate, check_tool_calls, common_prefix
 
 SIDES = ("chosen", "rejected")
 QUESTIONS = ("question", "instruction", "input", "query")  # what datasets without a prompt call their user's message
@@ -348,9 +347,7 @@ def _with_system(prompt: Any, system: Any, where: str) -> list[Any]:
 
 def _word_border(a: str, b: str) -> int:
     """Characters of the start that two texts share, to the end of a word; the space after it is the responses'."""
-    shorter = min(len(a), len(b))
-    # The least length whose starts differ, less one.
-    border = bisect_left(range(1, shorter + 1), True, key=lambda length: a[:length] != b[:length])
+    border = common_prefix(a, b)
     while border > 0 and any(border < len(text) and _joined(text[border - 1], text[border]) for text in (a, b)):
         border -= 1
     return border - 1 if border and a[border - 1] == " " else border

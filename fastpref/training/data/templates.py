@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -208,14 +209,11 @@ class ChatTemplate:
             return False
 
 
-def common_prefix(a: Any, b: Any) -> int:
-    """How many leading items (characters, messages, tokens) two sequences share."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+def common_prefix(a: str, b: str) -> int:
+    """How many leading characters two texts share."""
+    shorter = min(len(a), len(b))
+    # The least length whose starts differ, less one.
+    return bisect_left(range(1, shorter + 1), True, key=lambda length: a[:length] != b[:length])
 
 
 def _function(call: Mapping[str, Any]) -> Any:
