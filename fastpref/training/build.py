@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from fastpref.checks import describe
-from fastpref.training.adapters import choose_trained, is_adapted, output_head
+from fastpref.training.adapters import adapters_wanted, choose_trained, is_adapted, output_head
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
 from fastpref.training.memory.oom import out_of_memory
@@ -72,9 +75,31 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
     return tokenizer
 
 
-def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: int, say: Say) -> Any:
-    """The run's model, in float32 unless it was given as an object; checked against data and tokenizer."""
+def build_model(
+    config: TrainConfig,
+    given: Any,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    say: Say,
+    trained: bool = True,
+    load: Callable[[TrainConfig], Any] | None = None,
+) -> Any:
+    """The run's model, checked against data and tokenizer.
+
+    Args:
+        trained: False for one that is only scored with.
+        load: what takes the place of `load_model`.
+    """
     model: Any
+    for name in ("dtype", "load_in_4bit", "load_in_8bit"):
+        if config.model is None and getattr(config, name) not in ("auto", False):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} says how the weights of config.model are loaded, which is not set: "
+                "set that, or load the object so"
+            )
+    if trained and not adapters_wanted(config, given):
+        check_trainable(None, config)
     if given is not None:
         if config.model is not None or config.model_config is not None:
             raise ValueError("a model object was given, and config.model or config.model_config too: give one")
@@ -82,7 +107,7 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
             raise TypeError(f"model must be a transformers causal language model, got {type(given).__name__}")
         model = given
     elif config.model is not None:
-        model = load_model(config)
+        model = (load or load_model)(config)
     elif config.lora_rank:
         raise ValueError(
             f"lora_rank={config.lora_rank} adapts trained weights, and a model with random weights was asked for, of "
@@ -93,16 +118,15 @@ def build_model(config: TrainConfig, given: Any, tokenizer: Any, *, max_length: 
     _check_fit(model, tokenizer, max_length)
     if config.disable_dropout:
         disable_dropout(model)
-    for line in (*freeze_other_modalities(model), *unsaved(model)):
+    keep_differentiable(model)
+    if not trained:
+        return model.requires_grad_(False)
+    lines = [*freeze_other_modalities(model), *unsaved(model)]
+    model, more = choose_trained(model, config)
+    if not is_adapted(model):  # a checkpoint may be quantised itself
+        check_trainable(model, config)
+    for line in (*lines, *more, *dtype_lines(model, config)):
         say(line)
-    model, lines = choose_trained(model, config)
-    for line in lines:
-        say(line)
-    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        say("the model has 16-bit weights, which small updates leave as they are: load it in float32")
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False
-        say("the router's auxiliary loss is no part of a preference loss: output_router_logits is set to False")
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way; both recompute without re-entering autograd by default.
         newer = getattr(model, "activation_checkpointing_enable", None)
@@ -118,13 +142,20 @@ def load_model(config: TrainConfig, *, device: str | None = None, weights: bool 
         weights: False builds it from its config alone, on the device.
     """
     source, trust = cast(str, config.model), config.trust_remote_code
+    quantised = config.load_in_4bit or config.load_in_8bit
+    if quantised and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError('load_in_4bit and load_in_8bit need bitsandbytes: pip install "fastpref[quant]"')
     # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
-    options: dict[str, Any] = {"dtype": torch.float32}
+    dtype = config.dtype if config.dtype != "auto" or config.lora_rank or quantised else "float32"
     with loading("model", source):
         whole = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         kind = model_class(whole)
+        options: dict[str, Any] = {"dtype": dtype}
+        if quantised and device is None:
+            options["quantization_config"] = _quantisation(config, whole)
         if not weights:
             with torch.device(device or "cpu"):
+                options = {"dtype": _dtype_of(whole) if dtype == "auto" else getattr(torch, dtype)}
                 if hasattr(kind, "from_config"):
                     return kind.from_config(whole, trust_remote_code=trust, **options)
                 return kind._from_config(whole, **options)
@@ -137,6 +168,93 @@ def load_model(config: TrainConfig, *, device: str | None = None, weights: bool 
                 "language model's checkpoint"
             )
     return model
+
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from laying weights out for products without a backward, as in evaluations on some CPUs.
+
+    The gradient of every later step would silently stop at them.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # which undoes it where it has been done
+
+
+def _quantisation(config: TrainConfig, whole: Any) -> Any:
+    """What bitsandbytes is told."""
+    held = _dtype_of(whole) if config.dtype == "auto" else getattr(torch, config.dtype)
+    # Of every product another line would say that its input is converted.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.precision == "bf16" else held,
+    )
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    """What a checkpoint's config says of its weights; float32 where it says nothing."""
+    dtype = config.dtype or config.get_text_config().dtype or "float32"
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def save_dtype(config: TrainConfig, model: Any) -> torch.dtype | None:
+    """In what the trained model is saved; None for what it is trained in: an adapter, an object, random weights."""
+    if config.save_dtype != "auto":
+        return getattr(torch, config.save_dtype)
+    if config.model is None or is_adapted(model):
+        return None
+    return _dtype_of(AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code))
+
+
+def dtype_lines(model: Any, config: TrainConfig) -> list[str]:
+    """What the weights are held and saved in, where that is not float32 throughout."""
+    lines, saved = [], save_dtype(config, model)
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize == 2}
+    names = ", ".join(sorted(_name(kind) for kind in kinds))
+    if any(p.requires_grad and p.dtype in kinds for p in model.parameters()):
+        lines.append("the model has 16-bit weights, which small updates leave as they are: load it in float32")
+    elif kinds:
+        lines.append(f"frozen weights are held, and their products made, in {names}; dtype=float32 is exact")
+    if torch.float16 in kinds:
+        lines.append("gradients that pass through float16 weights vanish below 6e-8: dtype=bfloat16 has the range")
+    if saved is not None and any(p.requires_grad and p.dtype != saved for p in model.parameters()):
+        whose = f"as {config.model} is" if config.save_dtype == "auto" else "as save_dtype says"
+        lines.append(f"the trained model will be saved in {_name(saved)}, {whose}; save_dtype=float32 rounds nothing")
+    return lines
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether weights of the model are held in fewer than 16 bits."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        not p.is_floating_point() or p.dtype.itemsize < 2 for p in model.parameters()
+    )
+
+
+def check_trainable(model: Any, config: TrainConfig) -> None:
+    """ValueError for weights that are quantised, or will be: norms and embeddings alone would be trained."""
+    asked = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)), None)
+    if asked or (model is not None and is_quantised(model)):
+        raise ValueError(
+            f"{asked or type(model).__name__}: quantised weights cannot be trained: set lora_rank to train an adapter "
+            "on them, or load the model unquantised"
+        )
+
+
+def silence_router(model: Any) -> list[Any]:
+    """Turn a router's auxiliary loss off; the configs in which it was on."""
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    found = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in found:
+        config.output_router_logits = False
+    return found
 
 
 def model_class(config: Any) -> Any:

@@ -55,6 +55,19 @@ class TrainConfig:
     )
     tokenizer: str | None = _option(None, "Folder or hub name of the tokenizer; by default that of --model.")
     trust_remote_code: bool = _option(False, "Run the code that a checkpoint brings along: read it first.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "In what --model's weights are held. auto: what is trained in float32, what adapters leave frozen as in the "
+        "checkpoint.",
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "In what the final and the best model are saved. auto: as the checkpoint of --model was; adapters as trained.",
+    )
+    load_in_4bit: bool = _option(
+        False, "Quantise the frozen weights to 4 bits (NF4, bitsandbytes), under adapters: QLoRA."
+    )
+    load_in_8bit: bool = _option(False, "Quantise the frozen weights to 8 bits (bitsandbytes), under adapters.")
     chat_template: str | None = _option(None, "Jinja chat template, as text or as a path to a file.")
 
     reference_model: str | None = _option(
@@ -242,6 +255,8 @@ class TrainConfig:
         for name, default in (("lora_alpha", None), ("lora_target_modules", ALL_LINEAR)):
             if self.lora_rank == 0 and getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r} goes with lora_rank, which is 0: set it too")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("give load_in_4bit or load_in_8bit, not both")
         if self.model is not None and self.model_config is not None:
             raise ValueError("give model (weights to start from) or model_config (random weights), not both")
         if self.eval_dataset is not None and self.eval_fraction > 0:

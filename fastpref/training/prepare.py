@@ -15,8 +15,9 @@ import torch
 from fastpref.console import Console
 from fastpref.folders import Claim
 from fastpref.losses import LossSpec, get_loss
+from fastpref.options import UsageError
 from fastpref.training.adapters import adapters_wanted
-from fastpref.training.build import build_model, build_tokenizer, check_causal
+from fastpref.training.build import build_model, build_tokenizer, check_causal, save_dtype, silence_router
 from fastpref.training.checkpoints.run_folder import claim_folder
 from fastpref.training.checkpoints.save import ResumeError, find_checkpoint, load_state
 from fastpref.training.config import (
@@ -33,7 +34,7 @@ from fastpref.training.data.collate import settle_layout
 from fastpref.training.data.formats import is_conversational
 from fastpref.training.data.sources import Rows, read_rows
 from fastpref.training.data.tokens import Pair, tokenize_rows
-from fastpref.training.distributed.processes import make_accelerator, place
+from fastpref.training.distributed.processes import is_sharded, make_accelerator, place
 from fastpref.training.memory.auto_batch import check_auto_batch
 from fastpref.training.memory.meta import build_on_meta
 from fastpref.training.memory.offload import check_offload
@@ -63,6 +64,10 @@ def prepare(
     check_offload(config, accelerator.device)
     if config.precision == "bf16" and not autocasts(config, accelerator.device):
         console.say("precision=bf16 would be slower on this CPU, which only emulates it: the run is in float32")
+    if (config.load_in_4bit or config.load_in_8bit) and is_sharded(accelerator):
+        raise UsageError(
+            "load_in_4bit and load_in_8bit: quantised weights cannot be sharded here: take DDP, or neither"
+        )
     _check_cache(config)
     spec = _check_loss(config, accelerator.num_processes)
     check_auto_batch(config, spec, accelerator.distributed_type.name)
@@ -109,6 +114,12 @@ def _load(
     model = build(config, model, tokenizer, max_length=max_length, say=console.say)
     model = model if config.dry_run else place(accelerator, model)
     check_causal(model)
+    routers = silence_router(model)
+    if routers:
+        console.say(
+            "the router's auxiliary loss is no part of a preference loss: output_router_logits is set to False until "
+            "the model is saved"
+        )
     own_attention = model.config._attn_implementation
     layout = settle_layout(
         config,
@@ -144,6 +155,8 @@ def _load(
         steps=config.max_steps or math.ceil(round(config.epochs * plan.steps_per_epoch, 6)),
         layout=layout,
         own_attention=own_attention,
+        routers=routers,
+        save_dtype=save_dtype(config, model),
         shape=_shape(model),
         output_dir=Path(cast(str, config.output_dir)),
         claim=claim,

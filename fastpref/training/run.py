@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastpref.console import Console
 from fastpref.folders import Claim
@@ -46,6 +49,8 @@ class Run:
     steps: int
     layout: Layout
     own_attention: str  # the model's before the layout set it
+    routers: list[Any]  # the model's configs whose output_router_logits is off while the run trains
+    save_dtype: torch.dtype | None  # of the final model and the best; None for what they are trained in
     shape: str  # of the model, before it was wrapped
     output_dir: Path
     claim: Claim | None  # of that folder, on the main process; None for a dry run
@@ -58,18 +63,28 @@ class Run:
         """Pairs as a batch on this process's device, laid out as the run lays them out."""
         return collate(pairs, self.layout)
 
+    @contextmanager
+    def own_config(self) -> Iterator[None]:
+        """With the model's config as it came, to save it."""
+        for config in self.routers:
+            config.output_router_logits = True
+        try:
+            yield
+        finally:
+            for config in self.routers:
+                config.output_router_logits = False
+
     @property
     def log_every(self) -> int:
         """Steps between two metric records."""
         return self.config.logging_every or min(max(self.steps // 100, 1), 10)
 
     def release(self) -> None:
-        """Give the model, which may be the caller's, the attention back that it had before the layout set it.
-
-        And let others have the run's folder.
-        """
+        """Give the model, which may be the caller's, its own attention and config back, and let the run's folder go."""
         if self.layout.name != "padded":
             self.model.set_attn_implementation(self.own_attention)
+        for config in self.routers:
+            config.output_router_logits = True
         if self.claim is not None:
             self.claim.release()
 
@@ -83,6 +98,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must agree on."""
         fixed = {name: getattr(self.config, name) for name in FIXED_ON_RESUME}
+        fixed |= {name: getattr(self.config, name) or None for name in ("load_in_4bit", "load_in_8bit")}
         return {
             **fixed,
             "model": self.shape,

@@ -132,7 +132,8 @@ def save_checkpoint(run: Run, model: Any, optimizer: Any, state: Mapping[str, An
             writing(folder, errors=WRITE_ERRORS, needed=_bytes([weights, optimizer_tensors]) + SPARE),
             new_folder(folder) as new,
         ):
-            _save_model(new, run.model, run.tokenizer, weights)
+            with run.own_config():
+                _save_model(new, run.model, run.tokenizer, weights)
             _save(dict(state), new / STATE)
             _save(optimizer_tensors, new / OPTIMIZER)
             for process, values in enumerate(rng):
@@ -183,17 +184,43 @@ def _save_alone(run: Run, model: Any, name: str, notes: Mapping[str, Any]) -> No
     weights, folder = model_state(run.accelerator, model), run.output_dir / name
 
     def write() -> None:
-        with writing(folder, errors=WRITE_ERRORS, needed=_bytes(weights) + SPARE), new_folder(folder) as new:
-            _save_model(new, run.model, run.tokenizer, weights)
+        saved = weights if run.save_dtype is None else _converted(run.model, weights, run.save_dtype)
+        with writing(folder, errors=WRITE_ERRORS, needed=_bytes(saved) + SPARE), new_folder(folder) as new:
+            with run.own_config():
+                _save_model(new, run.model, run.tokenizer, saved, dtype=run.save_dtype)
             for file, content in notes.items():
                 (new / file).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     on_main(run.accelerator, write, (SaveError,))
 
 
-def _save_model(folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor]) -> None:
+def _converted(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another dtype, on the CPU, but those that transformers keeps in float32 and what is frozen."""
+    exact = [
+        *(model._keep_in_fp32_modules_strict or ()),
+        *(model._keep_in_fp32_modules or () if dtype == torch.float16 else ()),
+    ]
+    names = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not is_adapted(model)
+    }
+    found: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay one tensor
+    converted = dict(weights)
+    for name in names & weights.keys():
+        tensor = weights[name]
+        if not any(part in name for part in exact):
+            converted[name] = found.setdefault((tensor.data_ptr(), tensor.shape), tensor.to("cpu", dtype))
+    return converted
+
+
+def _save_model(
+    folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> None:
     with no_bars():
         model.save_pretrained(folder, state_dict=weights)  # of a PEFT model: its adapter
+    if dtype is not None and not is_adapted(model):  # transformers has written the model's own
+        trained, model.config.dtype = model.config.dtype, dtype
+        model.config.save_pretrained(folder)
+        model.config.dtype = trained
     tokenizer.save_pretrained(folder)
     for name in () if is_adapted(model) else PROCESSOR:
         if (file := source_file(model.name_or_path, name)) is not None:

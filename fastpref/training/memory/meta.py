@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,26 +23,24 @@ def build_on_meta(
     """What `build_model` makes, checked in the same way, without a single number in it; `given` stays as it is."""
     if config.reference_model is not None:
         try:
-            say(f"reference_model: {_load(replace(config, model=config.reference_model))[1]}")
+            _load(replace(config, model=config.reference_model), say=lambda line: say(f"reference_model: {line}"))
         except (ValueError, OSError) as error:
             raise UsageError(f"reference_model={config.reference_model!r}: {error}") from error
     if given is not None and isinstance(given, nn.Module):
         given = on_meta(given)
-    elif config.model is not None:
-        given, line = _load(config)
-        say(line)
-        config = replace(config, model=None)
+    load = partial(_load, say=say)
     with torch.device("meta"):
-        return build_model(config, given, tokenizer, max_length=max_length, say=say)
+        return build_model(config, given, tokenizer, max_length=max_length, say=say, load=load)
 
 
-def _load(config: TrainConfig) -> tuple[Any, str]:
+def _load(config: TrainConfig, *, say: Callable[[str], None]) -> Any:
     """`config.model` on the meta device, and where its weights are; of files that are here the headers are read."""
     source = cast(str, config.model)
     here = Path(source).expanduser().is_dir() or bool(tensor_names(source))
     with no_bars():
         model = load_model(config, device="meta", weights=here)
-    return model, f"weights: {source}" + ("" if here else " is not in the hub's local cache; the run will download it")
+    say(f"weights: {source}" + ("" if here else " is not in the hub's local cache; the run will download it"))
+    return model
 
 
 def on_meta(model: nn.Module) -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastpref.checks import parse_budget
 from fastpref.linear.peaks import Step, Use, logits_peak
 from fastpref.linear.plan import machine_of, plan_tokens
 from fastpref.memory import available
 from fastpref.models import SOFTCAPS
+from fastpref.training.adapters import output_head
 from fastpref.training.data.collate import IGNORE, Batch
 from fastpref.training.distributed.processes import is_sharded
 from fastpref.training.memory.meta import on_meta
@@ -83,7 +85,7 @@ def plan_memory(run: Run) -> MemoryPlan:
     return MemoryPlan(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in parameters) - sum(p.numel() for p in trained),
-        parameters=sum(p.nbytes for p in parameters) // shards + buffers,
+        parameters=sum(p.nbytes for p in parameters) // shards + buffers - _saved_by_bits(run),
         gradients=gradients // shards,
         optimizer=2 * gradients // shards,
         kept=kept,
@@ -100,6 +102,26 @@ def plan_memory(run: Run) -> MemoryPlan:
         checkpointing=config.gradient_checkpointing,
         why_unknown=cause,
     )
+
+
+def _saved_by_bits(run: Run) -> int:
+    """Bytes less than the model on the meta device shows, where bitsandbytes will quantise its linear layers.
+
+    Of 4 bits: a scale of a byte for 64 weights, and one of 4 for 256 scales; of 8 bits: one of 4 for an output.
+    """
+    config, head = run.config, output_head(run.model)
+    if not (config.load_in_4bit or config.load_in_8bit) or run.model.device.type != "meta":
+        return 0
+    saved = 0.0
+    for module in run.model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, Conv1D)) or module is head or weight is None or weight.requires_grad:
+            continue
+        count = weight.numel()
+        saved += weight.nbytes - (
+            count / 2 + count / 64 * (1 + 4 / 256) if config.load_in_4bit else count + 4 * len(weight)
+        )
+    return int(saved)
 
 
 def check_budget(run: Run) -> None:

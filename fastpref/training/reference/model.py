@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils import has_file
 
 from fastpref.options import UsageError
-from fastpref.training.build import build_model
+from fastpref.training.build import build_model, silence_router
 from fastpref.training.data.collate import settle_layout
 from fastpref.training.distributed.processes import whole_weights
 from fastpref.training.reference.key import model_digest
@@ -84,13 +84,20 @@ def _load(run: Run) -> Any:
     options = dataclasses.replace(
         run.config, model=name, model_config=None, lora_rank=0, freeze_head=False, gradient_checkpointing=False
     )
+    if run.config.lora_rank and run.config.model is not None and run.config.dtype == "auto":
+        # As the policy's frozen weights: the two are to be alike at step 1.
+        held: Any = str(run.model.dtype).removeprefix("torch.")
+        options = dataclasses.replace(options, dtype=held)
     try:
         with torch.random.fork_rng(devices=[]):  # the run's random numbers are the policy's
-            model = build_model(options, None, run.tokenizer, max_length=run.max_length, say=run.console.say)
+            model = build_model(
+                options, None, run.tokenizer, max_length=run.max_length, say=run.console.say, trained=False
+            )
+            silence_router(model)
         _check_tokenizer(name, run.tokenizer)
     except (ValueError, OSError) as error:
         raise UsageError(f"reference_model={name!r}: {error}") from error
-    return model.requires_grad_(False)
+    return model
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:
