@@ -69,6 +69,7 @@ class Console:
 
     def __init__(self, *, main: bool = True, progress: bool = True, out: Any = None) -> None:
         self.main = main
+        self.said: list[str] = []  # the lines of `say`
         self.progress = main and progress
         self._rich = RichConsole(file=out or sys.stderr, soft_wrap=True, highlight=False)
         self._display = Progress(
@@ -83,6 +84,10 @@ class Console:
         self._said = time.monotonic()
 
     def say(self, line: str) -> None:
+        self.said.append(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._said = time.monotonic()
         if self.main:
             self._display.refresh()  # the bars are drawn again below the line: as they are now
@@ -91,7 +96,7 @@ class Console:
     def say_progress(self, line: str) -> None:
         """A line that `progress=False` silences."""
         if self.progress:
-            self.say(line)
+            self._print(line)
 
     @property
     def eta(self) -> str:
@@ -133,5 +138,5 @@ class Console:
         while not over.wait(wait):
             wait = quiet - (time.monotonic() - self._said)  # whatever was said last shows that the run lives
             if wait <= 0:
-                self.say(str(self._bars[-1]))  # of nested bars the inner one tells more
+                self._print(str(self._bars[-1]))  # of nested bars the inner one tells more
                 wait = quiet = LINE_SECONDS

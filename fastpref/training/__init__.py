@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastpref.training.memory.oom import MemoryLimitError
     from fastpref.training.monitoring.advice import Advice
     from fastpref.training.monitoring.nonfinite import NonFiniteError
-    from fastpref.training.reference.columns import with_reference
+    from fastpref.training.reference.scores import with_reference
 
 __all__ = [
     "Advice",
@@ -39,7 +39,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainResult": "loop",
     "train": "loop",
-    "with_reference": "reference.columns",
+    "with_reference": "reference.scores",
 }
 NEEDED = ("accelerate", "psutil", "rich", "transformers")
 

@@ -28,7 +28,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from fastpref.checks import describe
-from fastpref.training.adapters import adapters_wanted, choose_trained, is_adapted, output_head
+from fastpref.training.adapters import (
+    adapter_base,
+    adapters_wanted,
+    choose_trained,
+    has_tokenizer,
+    is_adapted,
+    output_head,
+    with_incoming,
+)
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
 from fastpref.training.memory.oom import out_of_memory
@@ -60,6 +68,7 @@ def build_tokenizer(config: TrainConfig, given: Any, *, conversational: bool, sa
         )
     if given is None:
         with loading("model" if config.tokenizer is None else "tokenizer", source):
+            source = _tokenizer_folder(cast(str, source))
             given = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     tokenizer = given
     if config.chat_template is not None:
@@ -115,6 +124,7 @@ def build_model(
         )
     else:
         model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, max_length, say), dtype=torch.float32)
+    model = with_incoming(model, config, tokenizer, say=say)
     _check_fit(model, tokenizer, max_length)
     if config.disable_dropout:
         disable_dropout(model)
@@ -134,8 +144,14 @@ def build_model(
     return model
 
 
+def _tokenizer_folder(source: str) -> str:
+    """An adapter may have been saved without the tokenizer, which is its base's then."""
+    base = adapter_base(source)
+    return source if base is None or has_tokenizer(source) else base
+
+
 def load_model(config: TrainConfig, *, device: str | None = None, weights: bool = True) -> Any:
-    """`config.model` in the class that it was saved as.
+    """`config.model`, or the base of the adapter that this is, in the class that it was saved as.
 
     Args:
         device: "meta" reads the headers of the weights' files and nothing else.
@@ -146,8 +162,9 @@ def load_model(config: TrainConfig, *, device: str | None = None, weights: bool 
     if quantised and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError('load_in_4bit and load_in_8bit need bitsandbytes: pip install "fastpref[quant]"')
     # Half-precision weights would round most updates away; bf16 is for the products, by autocast.
-    dtype = config.dtype if config.dtype != "auto" or config.lora_rank or quantised else "float32"
+    dtype = config.dtype if config.dtype != "auto" or adapters_wanted(config, None) or quantised else "float32"
     with loading("model", source):
+        source = adapter_base(source) or source
         whole = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         kind = model_class(whole)
         options: dict[str, Any] = {"dtype": dtype}
@@ -207,7 +224,8 @@ def save_dtype(config: TrainConfig, model: Any) -> torch.dtype | None:
         return getattr(torch, config.save_dtype)
     if config.model is None or is_adapted(model):
         return None
-    return _dtype_of(AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code))
+    source = adapter_base(config.model) or config.model
+    return _dtype_of(AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code))
 
 
 def dtype_lines(model: Any, config: TrainConfig) -> list[str]:

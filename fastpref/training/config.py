@@ -49,7 +49,9 @@ class TrainConfig:
     """
 
     # What is trained
-    model: str | None = _option(None, "Folder or hub name of a causal language model to start from.")
+    model: str | None = _option(
+        None, "Folder or hub name of a causal language model to start from, or of an adapter (PEFT) on one."
+    )
     model_config: dict[str, Any] | str | None = _option(  # noqa: RUF009 - the default is None
         None, "JSON text or a config.json path: a model with random weights, instead of --model."
     )
@@ -72,11 +74,16 @@ class TrainConfig:
 
     reference_model: str | None = _option(
         None,
-        "Folder or hub name of the reference model; by default the initial weights of --model, and with an adapter "
-        "those of its base.",
+        "Folder or hub name of the reference model, or of an adapter on one; by default the model that training starts "
+        "from.",
     )
     reference_cache: str | None = _option(
         None, "Folder that keeps reference log-probs, to share them between runs; by default the run's own."
+    )
+    adapter: Literal["continue", "merge"] = _option(
+        "continue",
+        "What is done with an adapter that --model names: go on training it, or merge it into its base and train that, "
+        "with --lora_rank by a new adapter on top.",
     )
     lora_rank: int = _option(
         0, "Train LoRA adapters of this rank (PEFT) in place of the weights; 0 trains the weights.", minimum=0

@@ -21,6 +21,7 @@ from fastpref.training.checkpoints.save import (
     keep_best,
     load_checkpoint,
     save_checkpoint,
+    save_merged_base,
     save_trained_model,
 )
 from fastpref.training.config import TrainConfig
@@ -151,6 +152,7 @@ class _Loop:
     def train(self, signals: StopSignals) -> TrainResult:
         run, config = self.run, self.config
         describe_run(run)
+        save_merged_base(run, self.model)
         run.model.train()
         with (
             tracking(run),

@@ -24,7 +24,7 @@ FIXED_ON_RESUME = (
     "loss", "loss_weights", "beta", "loss_options", "max_length", "learning_rate", "schedule", "warmup_steps",
     "warmup_ratio",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "precision", "logps",
-    "disable_dropout", "seed", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head",
+    "disable_dropout", "seed", "adapter", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head",
     "reference_model",
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ class Run:
     state: dict[str, Any] | None  # of that checkpoint
     trackers: Sequence[str] = ()  # by their names in Accelerate
     callbacks: Sequence[Callback] = ()
+    starts_at_reference: bool = False  # whether its first step has policy and reference the same function
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """Pairs as a batch on this process's device, laid out as the run lays them out."""

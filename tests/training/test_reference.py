@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -21,9 +22,8 @@ from fastpref.training import with_reference
 from fastpref.training.checkpoints.save import ResumeError
 from fastpref.training.data.tokens import Pair
 from fastpref.training.prepare import prepare
-from fastpref.training.reference import model as reference_model
 from fastpref.training.reference import scores as reference
-from fastpref.training.reference.key import model_digest
+from fastpref.training.reference.cache import model_digest
 from fastpref.training.reference.scores import add_reference
 from fastpref.training.run import Run
 
@@ -433,7 +433,7 @@ def test_the_same_weights_with_another_rotary_scaling_are_another_model() -> Non
 
 def test_weights_are_hashed_in_parts_and_shown(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpref.console import Console
-    from fastpref.training.reference import key as reference_key
+    from fastpref.training.reference import cache as reference_key
 
     model, bars, console = make_model(n_embd=64, vocab_size=20_000), [], Console(progress=False)
     whole = digest_of(model)
@@ -468,14 +468,14 @@ def test_a_reference_model_of_its_own_is_used_and_then_freed(
     tokenizer.save_pretrained(tmp_path / "other")
     expected = reference_of(other, output_dir=str(tmp_path / "as policy"))
     loaded: list[Any] = []
-    load = reference_model._load
+    load = reference._load
 
     def spy(run: Any) -> Any:
         model = load(run)
         loaded.extend([weakref.ref(model), *map(weakref.ref, model.parameters())])
         return model
 
-    monkeypatch.setattr(reference_model, "_load", spy)
+    monkeypatch.setattr(reference, "_load", spy)
     gc.disable()  # nor may it take a collection that happens to come
     try:
         assert reference_of(reference_model=str(tmp_path / "other")) == expected
@@ -532,56 +532,80 @@ def test_a_resumed_run_has_the_reference_model_of_its_start() -> None:
     assert "reference_model" in FIXED_ON_RESUME
 
 
-@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
-def test_an_adapters_base_is_the_reference_under_the_bases_own_key(
-    reference_of: Make, make_model: Make, seen: list[Any], tmp_path: Path, modules_to_save: list[str] | None
-) -> None:
-    """LoRA whose B is not zero, and a head that is trained as a whole and has moved."""
+def lora_policy(make_model: Make, *, fresh: bool = False, modules_to_save: list[str] | None = None) -> Any:
+    """Frozen in part, and unless fresh with a B that is not zero; a head that is trained as a whole has moved."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
-    expected = reference_of(make_model(tie_word_embeddings=False))
-    policy = peft.get_peft_model(
-        make_model(tie_word_embeddings=False),
-        peft.LoraConfig(
-            r=2,
-            target_modules=["c_attn", "c_fc"],
-            fan_in_fan_out=True,
-            init_lora_weights=False,
-            modules_to_save=modules_to_save,
-        ),
-    )
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "init_lora_weights": fresh}
+    model = make_model(tie_word_embeddings=False)
+    policy = peft.get_peft_model(model, peft.LoraConfig(r=2, modules_to_save=modules_to_save, **options))
     if modules_to_save:
         with torch.no_grad():
             policy.get_output_embeddings().weight.add_(0.5)
     next(p for name, p in policy.named_parameters() if "lora_A" in name).requires_grad_(False)
+    return policy
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_a_policy_with_an_adapter_is_the_reference_as_it_came(
+    reference_of: Make, make_model: Make, seen: list[Any], tmp_path: Path, modules_to_save: list[str] | None
+) -> None:
+    """Under a key of its own; and afterwards what was trained before is trained, and nothing else."""
+    base = reference_of(make_model(tie_word_embeddings=False))
+    policy = lora_policy(make_model, modules_to_save=modules_to_save)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     ids = torch.arange(9)[None]
     adapted = policy.eval()(ids).logits
     seen.clear()
-    assert reference_of(policy) == expected
-    assert seen == []
-    assert reference_of(policy, output_dir=str(tmp_path / "fresh")) == expected
+    found = reference_of(policy)
     assert sorted(rows_of(seen)) == list(range(13))
-    # And afterwards it is on again, with what was trained before and nothing else.
+    assert found[0] != base[0]
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == trained
     assert torch.equal(policy.eval()(ids).logits, adapted)
-    with policy.disable_adapter():
-        assert not torch.equal(policy(ids).logits, adapted)
+    if not modules_to_save:
+        merged = reference_of(policy.merge_and_unload().requires_grad_(True), output_dir=str(tmp_path / "merged"))
+        assert torch.tensor(found[1]).numpy() == pytest.approx(torch.tensor(merged[1]).numpy(), rel=1e-4)
 
 
-def test_an_adapter_that_transformers_added_is_off_too(reference_of: Make, make_model: Make, tmp_path: Path) -> None:
+def test_a_fresh_adapter_is_found_under_the_bases_own_key(
+    reference_of: Make, make_model: Make, seen: list[Any]
+) -> None:
+    expected = reference_of(make_model(tie_word_embeddings=False))
+    seen.clear()
+    assert reference_of(lora_policy(make_model, fresh=True)) == expected
+    assert reference_of(make_model(tie_word_embeddings=False), lora_rank=3) == expected
+    assert seen == []
+
+
+def test_the_digest_is_of_the_active_adapter_and_of_how_it_is_scaled(make_model: Make) -> None:
+    policy = lora_policy(make_model)
+    first = digest_of(policy)
+    policy.add_adapter("other", copy.deepcopy(policy.peft_config["default"]))
+    assert digest_of(policy) == first  # it is not the active one
+    policy.set_adapter("other")
+    other = digest_of(policy)
+    assert other != first
+    policy.peft_config["other"].lora_alpha = 99
+    assert digest_of(policy) not in (first, other)
+    policy.set_adapter("default")
+    policy.peft_config["default"].base_model_name_or_path = "elsewhere"
+    assert digest_of(policy) == first
+    with torch.no_grad():
+        next(p for name, p in policy.named_parameters() if "lora_B.default" in name)[0, 0] += 1e-3
+    assert digest_of(policy) != first
+
+
+def test_an_adapter_that_transformers_added_counts_too(reference_of: Make, make_model: Make, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
-    expected = reference_of()
+    base = reference_of()
     policy = make_model()
     try:  # transformers may ask for a newer PEFT than the one installed
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
         pytest.skip(f"{error}; PEFT {peft.__version__} is installed")
     policy.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
-    assert reference_of(policy, output_dir=str(tmp_path / "fresh")) == expected
-    ids = torch.arange(9)[None]
-    adapted = policy.eval()(ids).logits
-    policy.disable_adapters()
-    assert not torch.equal(policy(ids).logits, adapted)
+    found = reference_of(policy, output_dir=str(tmp_path / "fresh"))
+    assert found[0] != base[0]
+    assert found[1] != base[1]
 
 
 # Columns

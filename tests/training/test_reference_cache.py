@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.training.checkpoints.durable import SaveError
-from fastpref.training.reference.cache import CacheWriter, Record, cache_file, read_cache
-from fastpref.training.reference.key import ReferenceKey
+from fastpref.training.reference.cache import CacheWriter, Record, ReferenceKey, cache_file, read_cache
 
 KEY = ReferenceKey(
     weights="w", precision="fp32", logps="linear", reduction="sum", tokenizer="t", template="c", max_length=64

@@ -21,6 +21,7 @@ from fastpref.folders import (
     claimed,
     next_folder,
 )
+from fastpref.training.adapters import BASE
 from fastpref.training.checkpoints.durable import MANIFEST, new_file, sweep, writing
 from fastpref.training.checkpoints.save import checkpoint_folders, named_as_checkpoints
 from fastpref.training.config import TrainConfig
@@ -38,6 +39,7 @@ CONFIG, ENVIRONMENT, RESUMED, README = "config.json", "environment.json", "resum
 LISTING = {
     "model": "the trained model and its tokenizer, for from_pretrained",
     "best": "the model of the best evaluation",
+    BASE: "what the adapter in `model` goes on: its base with the earlier adapter merged into it",
     "curves.png": "loss, rewards, margin and accuracy over the steps",
     "metrics.jsonl": "a record a line, those of evaluations with eval_ before their names",
     ADVICE: "what the loop has advised, once of each kind",
@@ -123,7 +125,7 @@ def _check_own(folder: Path, goes_on: bool) -> None:
             f"output_dir {str(folder)!r} holds checkpoints of an earlier run: set resume to go on with it, or give "
             "another folder"
         )
-    replaced = [folder / "model", folder / "best", *named_as_checkpoints(folder)]
+    replaced = [folder / "model", folder / "best", folder / BASE, *named_as_checkpoints(folder)]
     foreign = [path.name for path in replaced if path.exists() and not (path / MANIFEST).exists() and not _empty(path)]
     readme = folder / README
     if readme.exists() and LISTING["model"] not in readme.read_text(encoding="utf-8", errors="replace"):
@@ -149,13 +151,13 @@ def describe_run(run: Run) -> None:
             "step": run.state["step"],
             "date": here["date"],
             "config": _changes(folder / CONFIG, config, besides=("resume",)),
-            "environment": _changes(folder / ENVIRONMENT, here, besides=("date",)),
+            "environment": _changes(folder / ENVIRONMENT, here, besides=("date", "notes")),
         }
         earlier = (folder / RESUMED).read_text("utf-8", errors="replace") if (folder / RESUMED).is_file() else ""
         _write(folder / RESUMED, f"{earlier}{json.dumps(note, ensure_ascii=False)}\n")
         return
     _write_json(folder / CONFIG, {**config, "resume": None})
-    _write_json(folder / ENVIRONMENT, here)
+    _write_json(folder / ENVIRONMENT, {**here, "notes": run.console.said})
 
 
 def environment(accelerator: Any) -> dict[str, Any]:

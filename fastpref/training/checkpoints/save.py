@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastpref.training.adapters import is_adapted
+from fastpref.training.adapters import BASE, is_adapted, keeps_merged_base, plain_names
 from fastpref.training.build import no_bars, source_file
 from fastpref.training.checkpoints.durable import (
     MANIFEST,
@@ -157,6 +157,21 @@ def save_final_model(output_dir: Path, model: Any, tokenizer: Any) -> None:
 def save_trained_model(run: Run, model: Any) -> None:
     """The trained model in `model`, for from_pretrained; every process calls it, as it does `save_checkpoint`."""
     _save_alone(run, model, "model", {})
+
+
+def save_merged_base(run: Run, model: Any) -> None:
+    """The base that an adapter was merged into, in `base`, for the new adapter on it; every process calls it."""
+    folder = run.output_dir / BASE
+    if not keeps_merged_base(run.config) or (folder / MANIFEST).is_file():
+        return
+    plain, weights = plain_names(run.model), model_state(run.accelerator, model)
+    named = {base: tensor for name, tensor in weights.items() if (base := plain(name)) is not None}
+
+    def write() -> None:
+        with writing(folder, errors=WRITE_ERRORS, needed=_bytes(named) + SPARE), new_folder(folder) as new:
+            _save_model(new, run.model.get_base_model(), run.tokenizer, named)
+
+    on_main(run.accelerator, write, (SaveError,))
 
 
 def keep_best(run: Run, model: Any, record: Mapping[str, Any], best: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastpref.options import UsageError
+from fastpref.training.adapters import adapter_base
 from fastpref.training.build import build_model, load_model, no_bars, tensor_names
 from fastpref.training.config import TrainConfig
 
@@ -35,7 +36,7 @@ def build_on_meta(
 
 def _load(config: TrainConfig, *, say: Callable[[str], None]) -> Any:
     """`config.model` on the meta device, and where its weights are; of files that are here the headers are read."""
-    source = cast(str, config.model)
+    source = adapter_base(cast(str, config.model)) or cast(str, config.model)
     here = Path(source).expanduser().is_dir() or bool(tensor_names(source))
     with no_bars():
         model = load_model(config, device="meta", weights=here)
