@@ -40,6 +40,7 @@ from fastpref.training.adapters import (
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
 from fastpref.training.memory.oom import out_of_memory
+from fastpref.training.noise import disable_dropout
 
 # A trial model for a CPU: GPT-2's shape, and with its tokenizer almost all of the time goes into the vocabulary.
 DEFAULT_MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 2}
@@ -448,17 +449,3 @@ def check_causal(model: Any) -> None:
             f"{type(model).__name__} looks at later tokens (its logits change with them), as a masked language model "
             "does: take a causal one (of BERT's family, one whose config has is_decoder=true)"
         )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in modules and where a module keeps it as a number (attentions do).
-
-    Preference losses compare log-probs with those of a reference; noise in them is noise in the loss. The
-    model stays in training mode, which gradient checkpointing asks for.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
-                setattr(module, name, 0.0)

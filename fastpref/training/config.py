@@ -170,7 +170,7 @@ class TrainConfig:
     memory_budget: str | None = _option(
         None, "Memory that the log-probs may take with --logps linear, as 512MiB; by default 1GiB."
     )
-    disable_dropout: bool = _option(True, "Set every dropout probability of the model to 0.")
+    disable_dropout: bool = _option(True, "Set every dropout probability of the model to 0, and a router's jitter.")
     layout: Literal["shared", "packed", "padded"] = _option(
         "shared",
         "How pairs lie in a micro-batch. shared: one row without padding, a pair's prompt once; packed: one row, every "

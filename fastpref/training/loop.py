@@ -36,6 +36,7 @@ from fastpref.training.monitoring.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.monitoring.plots import Clock, draw
 from fastpref.training.monitoring.stopping import Stopped, StopSignals
 from fastpref.training.monitoring.trackers import tracking
+from fastpref.training.noise import check_start, restore_config
 from fastpref.training.prepare import prepare
 from fastpref.training.reference.scores import add_reference
 from fastpref.training.run import Callback, Run
@@ -125,6 +126,7 @@ def train_run(run: Run) -> TrainResult:
         except MemoryLimitError as error:
             raise MemoryLimitError(f"{error}. {_what_is_left(run)}") from error
         finally:
+            restore_config(run.model)
             run.release()
 
 
@@ -138,6 +140,7 @@ class _Loop:
         # Before anything changes the weights, and sharded as they will be: a process may have no room for all of them.
         with explained(run, "the reference pass"):
             self.initial_weights = add_reference(run)
+            check_start(run)
         self.schedule = make_schedule(optimizer, run)
         self.window = Window(self.device)
         self.guard, self.adviser = FiniteGuard(run.accelerator), Adviser(run, self.model)

@@ -36,6 +36,7 @@ from fastpref.training.distributed.processes import (
     on_main,
     optimizer_state,
 )
+from fastpref.training.noise import restored_config
 from fastpref.training.run import Run
 
 STATE = "training_state.pt"
@@ -230,7 +231,7 @@ def _converted(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
 def _save_model(
     folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> None:
-    with no_bars():
+    with no_bars(), restored_config(model):
         model.save_pretrained(folder, state_dict=weights)  # of a PEFT model: its adapter
     if dtype is not None and not is_adapted(model):  # transformers has written the model's own
         trained, model.config.dtype = model.config.dtype, dtype
