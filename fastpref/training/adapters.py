@@ -266,15 +266,15 @@ def _experts(model: Any, modules: dict[str, nn.Module]) -> list[str]:
     return [
         f"{name}.{own}"
         for name, module in modules.items()
-        if id(module) in text and not type(module).__module__.startswith("torch.nn.")
+        if id(module) in text and not isinstance(module, nn.modules.conv._ConvNd)
         for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
+        if parameter.dim() == 3 and min(parameter.shape) > 1
     ]
 
 
 def _text_modules(model: Any) -> set[int]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return {id(module) for module in decoder.modules()}
+    several = model.config.get_text_config() is not model.config  # with a tower for images or sound beside the text
+    return {id(module) for module in (model.get_decoder() if several else model).modules()}
 
 
 def _why_not(name: str, modules: dict[str, nn.Module]) -> str | None:

@@ -6,7 +6,9 @@ One launch for all: this file is its own worker, and the tests look at what it l
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -79,7 +81,10 @@ def work(folder: Path, *, only_ddp: bool) -> None:
         facts = {"held": held_bytes(result.model), "advice": [line.text for line in result.advice]}
         (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
 
+    adapters = (folder / "adapter").exists()  # where PEFT is installed
     run("ddp")
+    if adapters:
+        run("ddp-adapter", model="adapter")
     if only_ddp:
         torch.distributed.destroy_process_group()
         return
@@ -94,6 +99,9 @@ def work(folder: Path, *, only_ddp: bool) -> None:
     run("fsdp2")
     run("fsdp2-untied", model="untied")
     run("fsdp2-resumed", resume=str(folder / "fsdp2" / "checkpoint-2"))
+    if adapters:
+        run("fsdp2-adapter", model="adapter")
+        run("fsdp2-merged", model="adapter", adapter="merge", lora_rank=2)
     torch.distributed.destroy_process_group()
 
 
@@ -105,6 +113,31 @@ def tiny_model(*, tied: bool) -> GPT2LMHeadModel:
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)
     return model
+
+
+def make_adapter(folder: Path) -> None:
+    """An adapter on experts and attention that changes its base, in `adapter`; nothing where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    import peft
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(11)
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**shape, **experts, vocab_size=302, max_position_embeddings=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    model.save_pretrained(folder / "experts")
+    model.name_or_path = str(folder / "experts")
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(folder / "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +155,21 @@ def runs(
     make_tokenizer().save_pretrained(folder / "tokenizer")
     for name, part in (("train", rows), ("eval", rows[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    for name, tied in (("tied", True), *(() if only_ddp else (("untied", False),))):
-        model = tiny_model(tied=tied)
-        model.save_pretrained(folder / name)
+    make_adapter(folder)
+    alone: dict[str, dict[str, Any]] = {"tied": {"model": "tied"}, "untied": {"model": "untied"}}
+    if (folder / "adapter").exists():
+        alone["adapter"] = {"model": "adapter"}
+        alone["merged"] = {**alone["adapter"], "adapter": "merge", "lora_rank": 2}
+    for tied in (True, False):
+        tiny_model(tied=tied).save_pretrained(folder / ("tied" if tied else "untied"))
+    for name, options in alone.items():
+        if only_ddp and name in ("untied", "merged"):
+            continue
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "draw", lambda run, history: None)
+            changes = {**SHARED, "batch_size": 8, "output_dir": str(folder / f"one-{name}"), **options}
             train(
-                TrainConfig(**SHARED, batch_size=8, output_dir=str(folder / f"one-{name}")),
-                model=model,
+                TrainConfig(**{**changes, "model": str(folder / options["model"])}),
                 tokenizer=make_tokenizer(),
                 train_dataset=rows,
                 eval_dataset=rows[:3],
@@ -177,6 +217,31 @@ def test_two_processes_make_the_steps_of_one(runs: Path, alone: str, name: str) 
     assert set(weights) == set(others)
     for key, weight in weights.items():
         torch.testing.assert_close(others[key], weight, rtol=0, atol=2e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("alone", "name"),
+    [
+        ("one-adapter", "ddp-adapter"),
+        pytest.param("one-adapter", "fsdp2-adapter", marks=pytest.mark.slow),
+        pytest.param("one-merged", "fsdp2-merged", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_start_at_the_adapter_s_reference_and_train_it_as_one(runs: Path, alone: str, name: str) -> None:
+    """Of experts too. The first loss is that of equal log-probs; a merged base is saved whole from its shards."""
+    pytest.importorskip("peft", reason='needs pip install "fastpref[train]"')
+    one, two = ([r["loss"] for r in records(runs / folder) if "loss" in r] for folder in (alone, name))
+    assert two[0] == pytest.approx(math.log(2), abs=2e-6)
+    assert two[-1] < 0.69
+    assert two == pytest.approx(one, rel=1e-5)
+    notes = [json.loads((runs / run / "environment.json").read_text())["notes"] for run in (alone, name)]
+    assert not [line for line in notes[1] if "should be the same function" in line or "training mode" in line]
+    files = ["model/adapter_model.safetensors", *(["base/model.safetensors"] if "merged" in name else [])]
+    for file in files:
+        weights, others = (load_file(runs / folder / file) for folder in (alone, name))
+        assert set(weights) == set(others)
+        for key, weight in weights.items():
+            torch.testing.assert_close(others[key], weight, rtol=0, atol=2e-6, msg=key)
 
 
 @pytest.mark.slow
