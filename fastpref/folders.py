@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +92,9 @@ class Claim(AbstractContextManager["Claim"]):
 def check(folder: Path, owner: Owner) -> None:
     """Raise what `claim` would, and change nothing."""
     with _one_line(folder):
-        _check_place(folder)
+        place = _check_place(folder)
+        if place != folder:
+            try_folder(place)
         _check_content(folder, owner)
         if (folder / MARKER).exists():
             file = os.open(folder / MARKER, os.O_RDWR)
@@ -178,8 +181,8 @@ def _one_line(path: Path, option: str = "output_dir") -> Iterator[None]:
         raise FolderError(f"{option} {str(path)!r} cannot be used: {error.strerror}; give another one") from error
 
 
-def _check_place(path: Path, option: str = "output_dir") -> None:
-    """Whether a folder is there and can be written to, or a folder or file can be made."""
+def _check_place(path: Path, option: str = "output_dir") -> Path:
+    """Whether a folder is there and can be written to, or a folder or file can be made: in the folder given back."""
     start, place = f"{option} {str(path)!r}", path
     if not os.path.lexists(path):
         if str(path).startswith("~"):  # nobody means a folder of that name, and a mkdir or rm would take it for home
@@ -197,6 +200,12 @@ def _check_place(path: Path, option: str = "output_dir") -> None:
         raise FolderError(f"{start} is {'a file' if path.exists() else 'a link to nothing'}: give a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise FolderError(f"{start}: {str(place)!r} is read-only: give another one")
+    return place
+
+
+def try_folder(place: Path) -> None:
+    """OSError where no folder can be made in `place`, whatever its permissions say (those of /proc to root)."""
+    os.rmdir(tempfile.mkdtemp(prefix=".fastpref-", dir=place))
 
 
 def _check_content(folder: Path, owner: Owner) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from fastpref.training.adapters import (
 )
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, read_chat_template
+from fastpref.training.data.tokens import Pair
 from fastpref.training.memory.oom import out_of_memory
 from fastpref.training.noise import disable_dropout
 
@@ -126,7 +127,7 @@ def build_model(
     else:
         model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, max_length, say), dtype=torch.float32)
     model = with_incoming(model, config, tokenizer, say=say)
-    _check_fit(model, tokenizer, max_length)
+    _check_positions(model, max_length)
     if config.disable_dropout:
         disable_dropout(model)
     keep_differentiable(model)
@@ -414,13 +415,30 @@ def _model_config(config: TrainConfig, tokenizer: Any, max_length: int, say: Say
         raise ValueError(f"model_config does not make a model: {error}") from error
 
 
-def _check_fit(model: Any, tokenizer: Any, max_length: int) -> None:
+def check_vocabulary(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> None:
+    """ValueError for a token of the data that the model has no embedding of.
+
+    The tokenizer itself may be longer: those of Gemma 3 1B and of Code Llama hold tokens that text never becomes.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if vocabulary < len(tokenizer):
+    if len(tokenizer) <= vocabulary or not pairs:
+        return
+    token, row = max((max(int(ids.max()) for ids, _ in (pair.chosen, pair.rejected)), pair.row) for pair in pairs)
+    if token >= vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: take the model's own "
-            "tokenizer, or resize the model's embeddings"
+            f"row {row} of the data has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the model has "
+            f"embeddings of {vocabulary} tokens: take the model's own tokenizer, or resize the model's embeddings"
         )
+
+
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """A token that the model has an embedding of, to fill rows up with: the tokenizer's own where that is one."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None and token < vocabulary), 0)
+
+
+def _check_positions(model: Any, max_length: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
         raise ValueError(

@@ -13,11 +13,19 @@ from typing import Any, cast
 import torch
 
 from fastpref.console import Console
-from fastpref.folders import Claim
+from fastpref.folders import Claim, try_folder
 from fastpref.losses import LossSpec, get_loss
 from fastpref.options import UsageError
 from fastpref.training.adapters import adapters_wanted
-from fastpref.training.build import build_model, build_tokenizer, check_causal, save_dtype, silence_router
+from fastpref.training.build import (
+    build_model,
+    build_tokenizer,
+    check_causal,
+    check_vocabulary,
+    padding_id,
+    save_dtype,
+    silence_router,
+)
 from fastpref.training.checkpoints.run_folder import claim_folder
 from fastpref.training.checkpoints.save import ResumeError, find_checkpoint, load_state
 from fastpref.training.config import (
@@ -78,10 +86,15 @@ def prepare(
     with ExitStack() as undo:  # what a refusal gives back
         if claim is not None:
             undo.callback(claim.release)
+        checkpoint = None
+        if config.resume is not None:
+            checkpoint = find_checkpoint(config.resume, folder, accelerator, say=console.say)
         run = _load(config, accelerator, console, spec, claim, given)
         undo.callback(run.release)
         check_budget(run)
-        run = dataclasses.replace(_with_checkpoint(run), trackers=trackers)
+        if checkpoint is not None:
+            run = _with_checkpoint(run, checkpoint)
+        run = dataclasses.replace(run, trackers=trackers)
         undo.pop_all()
         return run
 
@@ -112,6 +125,7 @@ def _load(
 
     build = build_on_meta if config.dry_run else build_model
     model = build(config, model, tokenizer, max_length=max_length, say=console.say)
+    check_vocabulary(model, tokenizer, [*pairs, *eval_pairs])
     model = model if config.dry_run else place(accelerator, model)
     check_causal(model)
     routers = silence_router(model)
@@ -124,7 +138,7 @@ def _load(
     layout = settle_layout(
         config,
         model,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        pad_id=padding_id(model, tokenizer),
         max_length=max_length,
         device=accelerator.device,
         say=console.say,
@@ -180,13 +194,23 @@ def _unless_named(value: Any) -> Any:
 
 
 def _check_cache(config: TrainConfig) -> None:
+    """ValueError where the cache's folder cannot be made: before a model is loaded."""
     value = config.reference_cache
-    if value is not None and Path(value).exists() and not Path(value).is_dir():
-        raise ValueError(f"reference_cache must be a folder, or the name of a new one; {value!r} is a file")
-    if value is not None and value.startswith("~") and not Path(value).exists():
+    if value is None or Path(value).is_dir():
+        return
+    if value.startswith("~"):
         raise ValueError(
             f"reference_cache={value!r} begins with '~', which only a shell replaces by a home folder: write that out"
         )
+    path = Path(value).absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        kind = "a file" if existing.exists() else "a link to nothing"
+        raise ValueError(f"reference_cache must be a folder, or the name of a new one; {str(existing)!r} is {kind}")
+    try:
+        try_folder(existing)
+    except OSError as error:
+        raise ValueError(f"reference_cache={value!r} cannot be made ({error.strerror}): give another folder") from error
 
 
 def _check_loss(config: TrainConfig, world: int) -> LossSpec:
@@ -255,11 +279,8 @@ def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], l
     return [p for i, p in enumerate(pairs) if i not in held_out], [p for i, p in enumerate(pairs) if i in held_out]
 
 
-def _with_checkpoint(run: Run) -> Run:
-    """Find the checkpoint to resume, if one was asked for, and hold it against the run."""
-    if run.config.resume is None:
-        return run
-    checkpoint = find_checkpoint(run.config.resume, run.output_dir, run.accelerator, say=run.console.say)
+def _with_checkpoint(run: Run, checkpoint: Path) -> Run:
+    """The run with the checkpoint that it goes on from, held against it."""
     state = load_state(checkpoint)
     differing = [name for name, value in run.settings.items() if state["settings"].get(name) != value]
     if differing:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.cli import main
-from fastpref.training import train
+from fastpref.folders import FolderError
+from fastpref.training import TrainConfig, train
 from fastpref.training.build import check_causal, unsaved
 
 Make = Callable[..., Any]
@@ -206,6 +207,31 @@ def test_an_encoder_decoder_is_refused_in_one_short_line(
     assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_tokenizer_may_have_tokens_that_no_text_becomes(
+    layout: str, make_model: Make, make_config: Make, make_tokenizer: Make, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Gemma 3 1B and Code Llama ship one more than the model has embeddings; padding with such a token is avoided."""
+    results = []
+    for name, more in (("own", {}), ("longer", {"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})):
+        tokenizer = make_tokenizer(**more)
+        assert (len(tokenizer) > 300) == bool(more)
+        config = make_config(layout=layout, output_dir=str(tmp_path / name))
+        model = make_model(vocab_size=300)
+        results.append(train(config, model=model, tokenizer=tokenizer, train_dataset=rows).history[-1]["loss"])
+    assert results[0] == results[1]
+
+
+def test_a_token_of_the_data_without_an_embedding_is_named_with_its_row(
+    make_model: Make, make_config: Make, make_tokenizer: Make, rows: list[dict[str, Any]]
+) -> None:
+    tokenizer = make_tokenizer(additional_special_tokens=["<image>"])
+    rows[5]["chosen"] += "<image>"
+    message = r"row 5 of the data has token 300 \('<image>'\), and the model has embeddings of 300 tokens"
+    with pytest.raises(ValueError, match=message):
+        train(make_config(), model=make_model(vocab_size=300), tokenizer=tokenizer, train_dataset=rows)
+
+
 CODE = """
 from transformers import GPT2Config, GPT2LMHeadModel
 class OwnConfig(GPT2Config):
@@ -234,3 +260,36 @@ def test_code_of_a_checkpoint_runs_only_on_request_and_is_saved_with_the_model(
     assert "it brings code of its own: read that, and set trust_remote_code to run it" in capsys.readouterr().err
     assert main([*command, "--trust_remote_code"]) == 0
     assert (tmp_path / "run" / "model" / "modeling_own.py").is_file()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("reference_cache", "dangling", "is a link to nothing"),
+        ("reference_cache", "dangling/cache", "is a link to nothing"),
+        ("reference_cache", "pairs.jsonl", "is a file"),
+        ("resume", "nowhere", "resume: 'nowhere' is not a checkpoint folder"),
+        ("resume", "latest", "resume: there is no checkpoint in run"),
+    ],
+)
+def test_a_path_that_is_none_is_refused_before_data_or_model_are_read(
+    option: str, value: str, message: str, dry_run: bool, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dangling").symlink_to("missing")
+    config = TrainConfig(model="missing", dataset="missing", output_dir="run", dry_run=dry_run, **{option: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config)
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that seems writable and is not")
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("option", ["output_dir", "reference_cache"])
+def test_a_folder_that_cannot_be_made_is_refused_alike_with_a_dry_run(
+    option: str, dry_run: bool, pairs: Path, tmp_path: Path
+) -> None:
+    options = {"output_dir": str(tmp_path / "run"), option: "/proc/fastpref"}
+    with pytest.raises((FolderError, ValueError), match=f"{option}.'/proc/fastpref' cannot be"):
+        train(TrainConfig(model="missing", dataset=str(pairs), dry_run=dry_run, **options))

@@ -385,7 +385,8 @@ def test_what_does_not_fit_together_is_refused_before_training(
 def test_a_model_with_too_small_a_vocabulary_and_an_object_that_is_none_are_refused(
     make_config: Make, make_model: Make, tokenizer: Any, rows: list[dict[str, Any]]
 ) -> None:
-    with pytest.raises(ValueError, match=r"the tokenizer has .* tokens, the model 100"):
+    message = r"row \d+ of the data has token \d+ \('.*'\), and the model has embeddings of 100 tokens"
+    with pytest.raises(ValueError, match=message):
         train(make_config(), model=make_model(vocab_size=100), tokenizer=tokenizer, train_dataset=rows)
     with pytest.raises(TypeError, match="model must be a transformers causal language model, got Linear"):
         train(make_config(), model=torch.nn.Linear(2, 2), tokenizer=tokenizer, train_dataset=rows)

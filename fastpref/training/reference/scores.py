@@ -25,7 +25,7 @@ from fastpref.training.adapters import (
     has_tokenizer,
     reference_adapter,
 )
-from fastpref.training.build import build_model, silence_router
+from fastpref.training.build import build_model, check_vocabulary, silence_router
 from fastpref.training.checkpoints.save import ResumeError
 from fastpref.training.config import ALL_LINEAR, TrainConfig
 from fastpref.training.data.batches import cut
@@ -152,6 +152,7 @@ def _load(run: Run) -> Any:
                 options, None, run.tokenizer, max_length=run.max_length, say=run.console.say, trained=False
             )
             silence_router(model)
+        check_vocabulary(model, run.tokenizer, [*run.pairs, *run.eval_pairs])
         _check_tokenizer(name, run.tokenizer)
     except (ValueError, OSError) as error:
         raise UsageError(f"reference_model={name!r}: {error}") from error
