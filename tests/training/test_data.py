@@ -345,14 +345,14 @@ def test_tools_and_template_options_reach_the_template(tokenizer: Any) -> None:
         "{% for tool in tools or [] %}[{{ tool.function | tojson }}]{% endfor %}{% if loud %}!{% endif %}"
         "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     )
-    tool = {"type": "function", "function": {"name": "clock", "parameters": None}}
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {}}}
     talk = {"prompt": [user("a")], **TURNS}
     for row in (
-        {**talk, "tools": [tool], "chat_template_kwargs": {"loud": True, "quiet": None}},
+        {**talk, "tools": [tool], "chat_template_kwargs": {"loud": True}},
         {**talk, "tools": json.dumps([tool]), "chat_template_kwargs": '{"loud": true}'},
     ):
         text = tokenizer.decode(one(row, tokenizer, 200).prompt.tolist())
-        assert text == '[{"name": "clock"}]!user:a;'
+        assert text == '[{"name": "clock", "parameters": {}}]!user:a;'
     assert not any("tools" in line for line in lines_of([{**talk, "tools": [tool]}, talk], tokenizer))
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     lines = lines_of([{**talk, "tools": [tool]}, {**talk, "tools": []}], tokenizer)

@@ -15,7 +15,7 @@ import pytest
 
 from fastpref.training import TrainConfig
 from fastpref.training.data.sources import check_rows, load_rows, read_rows
-from fastpref.training.data.tokens import tokenize_rows
+from fastpref.training.data.tokens import data_digest, tokenize_rows
 
 Row = dict[str, Any]
 ROWS = [
@@ -80,6 +80,26 @@ def test_parquet_and_a_saved_dataset_give_the_same_rows(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "split"), "dataset", split="dev")
 
 
+def test_what_arrow_adds_to_messages_and_tools_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}{{ '' if add_generation_prompt }}"
+    )
+    rows = []
+    for key in ("sky", "sea"):
+        call = {"type": "function", "function": {"name": "look", "arguments": {key: "blue?"}}}
+        calls = [{"role": "user", "content": key}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        tool = {"name": "look", "parameters": {"properties": {key: {"type": "string"}}}}
+        answer = [{"role": "assistant", "content": "blue"}]
+        rows.append({"prompt": calls, "chosen": answer, "rejected": [*answer, calls[0]], "tools": [tool]})
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "pairs.parquet")
+    wanted = data_digest(tokenize_rows(rows, tokenizer, max_length=999).pairs)
+    for given in (data, load_rows(str(tmp_path / "pairs.parquet"), "dataset")):
+        assert data_digest(tokenize_rows(given, tokenizer, max_length=999).pairs) == wanted
+    assert not (tmp_path / "cache").exists()
+
+
 def test_reference_log_probs_in_csv_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected,ref_chosen_logps,ref_rejected_logps\na,1,2,-1.5,-2\n")
@@ -104,10 +124,12 @@ def test_a_folder_of_files_has_splits(tmp_path: Path) -> None:
     write(tmp_path / "data" / "test-0.jsonl", ROWS[1:])
     assert list(load_rows(str(tmp_path / "data"), "dataset")) == ROWS
     assert list(load_rows(str(tmp_path / "data"), "dataset", split="test")) == ROWS[1:]
-    with pytest.raises(ValueError, match=r"dataset='.*data' cannot be read: there is no split 'dev'; there are"):
+    with pytest.raises(
+        ValueError, match=r"dataset='.*data' \(dataset_split='dev'\) cannot be read: there is no split 'dev'; there are"
+    ):
         load_rows(str(tmp_path / "data"), "dataset", split="dev")
     (tmp_path / "none").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match=r"dataset='.*none' cannot be read"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"dataset='.*none' .* cannot be read"):
         load_rows(str(tmp_path / "none"), "dataset")
 
 
@@ -173,7 +195,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"dataset: there is no file '.*none.jsonl'"):
         load_rows(str(tmp_path / "none.jsonl"), "dataset")
-    with pytest.raises((FileNotFoundError, ValueError), match=r"dataset='nobody/nothing' cannot be read: "):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"dataset='nobody/nothing' .* cannot be read: "):
         load_rows("nobody/nothing", "dataset")
 
 

@@ -64,7 +64,13 @@ class RenderedPair(NamedTuple):
 
 
 def in_order(rows: Sequence[Any]) -> Iterator[Any]:
-    """The rows one by one; a `datasets.Dataset` is read several times faster so than by index."""
+    """The rows one by one; a `datasets.Dataset` is read several times faster so than by index.
+
+    Arrow gives the messages, tools and arguments of a column all the keys that any of them has, with null where one
+    lacks them. A template would write these nulls, so they are left out.
+    """
+    if hasattr(rows, "features"):
+        return ({name: _without_null(value) for name, value in row.items()} for row in rows)
     return iter(rows) if hasattr(type(rows), "__iter__") else (rows[index] for index in range(len(rows)))
 
 
@@ -253,7 +259,8 @@ def _value(value: Any, name: str, where: str, notes: list[str]) -> Any:
                 value = ast.literal_eval(value)  # as Python prints lists, which pandas writes into CSV files
             except (ValueError, SyntaxError):
                 raise ValueError(
-                    f"{label} looks like messages stored as text, but is neither JSON nor Python: {describe(value)}"
+                    f"{label} looks like messages stored as text, but is neither JSON nor Python: write the dataset as "
+                    f"JSON lines; got {describe(value)}"
                 ) from None
         notes.append(f"{name} holds messages as text, which was decoded")
     if isinstance(value, str):
@@ -281,7 +288,7 @@ def _checked(message: Any, name: str) -> Any:
     if isinstance(content, str) and None not in message.values():
         return message
     empty = content is None and ("content" in message or message.get("tool_calls"))
-    # Arrow gives all messages of a file the same keys, with null where one lacks them; templates ask which are there.
+    # Templates ask which keys are there.
     message = {key: value for key, value in message.items() if value is not None}
     if empty:
         content = ""
@@ -302,7 +309,7 @@ def _options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise TypeError(f"{where}: tools must be a list of JSON schemas, got {describe(tools)}")
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"{where}: chat_template_kwargs must be a dict, got {describe(options)}")
-    return {**(_without_null(options) or {}), **({"tools": _without_null(tools)} if tools else {})}
+    return {**(options or {}), **({"tools": tools} if tools else {})}
 
 
 def _decoded(value: Any, name: str) -> Any:
@@ -317,7 +324,7 @@ def _decoded(value: Any, name: str) -> Any:
 
 def _without_null(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
+        return {key: _without_null(item) for key, item in value.items() if item is not None or key == "content"}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 

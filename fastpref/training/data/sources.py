@@ -22,7 +22,7 @@ from typing import Any
 
 from fastpref.checks import describe
 from fastpref.training.config import TrainConfig
-from fastpref.training.data.formats import rename
+from fastpref.training.data.formats import in_order, rename
 
 Rows = Sequence[Any]  # of dicts; checked row by row where they are rendered
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -104,7 +104,7 @@ def _load(source: str, name: str, split: str | None, subset: str | None) -> Rows
 def _load_split(source: str, name: str, split: str, subset: str | None) -> Rows:
     """A split of a folder or of a hub dataset."""
     path = Path(source)
-    with _datasets(f"{name}={source!r}", quiet=path.exists()) as (datasets, cache):
+    with _datasets(f"{name}={source!r} ({name}_split={split!r})", quiet=path.exists()) as (datasets, cache):
         if not path.exists():
             return datasets.load_dataset(source, subset, split=split)
         if (path / "state.json").is_file():
@@ -138,9 +138,8 @@ def _read_file(path: Path) -> Rows:
             sep = "\t" if suffixes[-1] == ".tsv" else ","
             return pandas.read_csv(path, sep=sep, dtype=kinds, keep_default_na=False).to_dict("records")
     with _datasets(str(path)) as (datasets, cache):
-        return list(
-            datasets.load_dataset(kind, data_files=[str(path)], split="train", cache_dir=cache, keep_in_memory=True)
-        )
+        files: Any = {"data_files": [str(path)], "split": "train", "cache_dir": cache, "keep_in_memory": True}
+        return list(in_order(datasets.load_dataset(kind, **files)))
 
 
 def _read_json(path: Path) -> list[Any]:
