@@ -20,7 +20,7 @@ class PackedRow(NamedTuple):
     """What `model_logps(model, row.inputs, scored=row.scored)` takes."""
 
     inputs: dict[str, Any]  # input_ids and position_ids (1, T) int64, attention_mask
-    scored: ScoredTokens  # of 2P sequences: all chosen ones, then all rejected ones
+    scored: ScoredTokens  # of 2P sequences: all chosen ones, then all rejected ones, if any
 
 
 def shared_length(chosen: NDArray[np.integer[Any]], rejected: NDArray[np.integer[Any]]) -> int:
@@ -32,14 +32,14 @@ def shared_length(chosen: NDArray[np.integer[Any]], rejected: NDArray[np.integer
 
 def pack_pairs(
     chosen: Sequence[tuple[ArrayLike, int]],
-    rejected: Sequence[tuple[ArrayLike, int]],
+    rejected: Sequence[tuple[ArrayLike, int]] | None,
     *,
     share_prefix: bool = True,
     repeat_last: bool = False,
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> PackedRow:
-    """P pairs in one row, for a model that `fastpref.models.set_attention` has prepared.
+    """P pairs in one row, or P single sequences, for a model that `fastpref.models.set_attention` has prepared.
 
     With `share_prefix` what the two sequences of a pair have in common at their beginning (the prompt, and whatever
     else) stands in the row once, and its last position predicts both continuations. Values and gradients are those of
@@ -47,7 +47,8 @@ def pack_pairs(
 
     Args:
         chosen, rejected: for each pair the token ids of prompt and response, (length,), and the index of the first
-            token that is scored, at least 1: nothing predicts a sequence's first token.
+            token that is scored, at least 1: nothing predicts a sequence's first token. Single
+            sequences are `chosen`, and `rejected` None.
         repeat_last: let the last shared token stand in both sequences, so that no position predicts two tokens: what
             reads logits where they lie needs that.
         attention: "sdpa" or "flex", as the model was set.
@@ -57,31 +58,34 @@ def pack_pairs(
             outside [1, length].
     """
     check_choice("attention", attention, ATTENTIONS)
-    if len(chosen) != len(rejected) or not chosen:
-        raise ValueError(
-            f"chosen and rejected must hold as many sequences, at least 1; got {len(chosen)} and {len(rejected)}"
-        )
+    others = len(chosen) if rejected is None else len(rejected)
+    if len(chosen) != others or not chosen:
+        raise ValueError(f"chosen and rejected must hold as many sequences, at least 1; got {len(chosen)} and {others}")
     ids: list[Ids] = []
     positions: list[Ids] = []
     segments: list[Segment] = []
     sources: tuple[list[Ids], list[Ids]] = ([], [])
     labels: tuple[list[Ids], list[Ids]] = ([], [])
     length = 0
-    for index, (one, other) in enumerate(zip(chosen, rejected, strict=True)):
+    for index, one in enumerate(chosen):
         first, first_start = _sequence(f"chosen[{index}]", one)
-        second, second_start = _sequence(f"rejected[{index}]", other)
+        begin, length = length, length + len(first)
+        ids.append(first)
+        positions.append(np.arange(len(first)))
+        segments.append(Segment(begin, length))
+        sources[0].append(np.arange(begin + first_start - 1, length - 1))
+        labels[0].append(first[first_start:])
+        if rejected is None:
+            continue
+        second, second_start = _sequence(f"rejected[{index}]", rejected[index])
         common = max(shared_length(first, second) - repeat_last, 0) if share_prefix else 0
-        begin, middle = length, length + len(first)
-        length = middle + len(second) - common
-        ids += [first, second[common:]]
-        positions += [np.arange(len(first)), np.arange(common, len(second))]
-        segments.append(Segment(begin, middle))
+        middle, length = length, length + len(second) - common
+        ids.append(second[common:])
+        positions.append(np.arange(common, len(second)))
         if length > middle:  # not where one response is the beginning of the other
             segments.append(Segment(middle, length, begin, begin + common) if common else Segment(middle, length))
         predicting = np.arange(second_start - 1, len(second) - 1)
-        sources[0].append(np.arange(begin + first_start - 1, middle - 1))
         sources[1].append(np.where(predicting < common, begin + predicting, middle - common + predicting))
-        labels[0].append(first[first_start:])
         labels[1].append(second[second_start:])
 
     def tensor(parts: Sequence[Ids]) -> torch.Tensor:

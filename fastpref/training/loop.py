@@ -31,7 +31,7 @@ from fastpref.training.memory.dry_run import DryRun, dry_run
 from fastpref.training.memory.oom import MemoryLimitError, explained
 from fastpref.training.monitoring.advice import Advice, Adviser, said
 from fastpref.training.monitoring.evaluate import evaluate, prepare_samples, write_samples
-from fastpref.training.monitoring.metrics import MetricLog, Window, means, pair_sums, peak_memory, progress_note
+from fastpref.training.monitoring.metrics import MetricLog, Window, means, peak_memory, progress_note, sums_of
 from fastpref.training.monitoring.nonfinite import FiniteGuard, NonFiniteError
 from fastpref.training.monitoring.plots import Clock, draw
 from fastpref.training.monitoring.stopping import Stopped, StopSignals
@@ -40,7 +40,7 @@ from fastpref.training.noise import check_start, restore_config
 from fastpref.training.prepare import prepare
 from fastpref.training.reference.scores import add_reference
 from fastpref.training.run import Callback, Run
-from fastpref.training.step import add_gradient
+from fastpref.training.step import add_gradient, kl_estimate
 
 
 @dataclass
@@ -142,7 +142,7 @@ class _Loop:
             self.initial_weights = add_reference(run)
             check_start(run)
         self.schedule = make_schedule(optimizer, run)
-        self.window = Window(self.device)
+        self.window = Window(run.spec, self.device)
         self.guard, self.adviser = FiniteGuard(run.accelerator), Adviser(run, self.model)
         self.start, self.tokens = 0, 0
         self.evaluated = True  # after step `start`, if that was due
@@ -213,16 +213,17 @@ class _Loop:
         self.guard.begin(step)
         sums = torch.zeros_like(self.window.sums)
         pairs = run.plan.step(step - 1)
-        micro_batches = run.plan.micro_batches(pairs)
-        for place, indices in enumerate(micro_batches):
-            # A process whose share is a pair short runs one of the others with weight 0, to keep in step.
-            weight = 1.0 if indices else 0.0
-            chunk = [run.pairs[index] for index in indices or pairs[:1]]
+        # A process whose share is a pair short runs one of the others with weight 0, to keep in step.
+        parts = run.plan.micro_batches(pairs)
+        micro_batches = [([run.pairs[index] for index in part or pairs[:1]], bool(part)) for part in parts]
+        with explained(run, f"step {step}", micro_batches[0][0]):
+            kl = kl_estimate(run, micro_batches)
+        for place, (chunk, counts) in enumerate(micro_batches):
             # Gradients are averaged over the processes; the factor num_processes makes that a sum.
-            scale, last = weight * accelerator.num_processes / len(pairs), place == len(micro_batches) - 1
+            scale, last = counts * accelerator.num_processes / len(pairs), place == len(micro_batches) - 1
             with explained(run, f"step {step}", chunk, work="step"):
-                scored = add_gradient(run, self.model, chunk, scale=scale, last=last)
-            sums += weight * pair_sums(scored)
+                scored = add_gradient(run, self.model, chunk, scale=scale, last=last, kl=kl)
+            sums += counts * sums_of(scored)
             self.guard.see_batch(scored)
         grad_norm = clip_gradient(accelerator, self.model, config.max_grad_norm or math.inf)
         self.guard.see_gradient(grad_norm)
@@ -350,6 +351,6 @@ def _what_is_left(run: Run) -> str:
 
 def _line(record: dict[str, Any], steps: int, prefix: str = "") -> str:
     names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies")
-    values = "  ".join(f"{prefix}{name} {record[prefix + name]:.4f}" for name in names)
+    values = "  ".join(f"{prefix}{name} {record[prefix + name]:.4f}" for name in names if prefix + name in record)
     rate = f"  {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
     return f"step {record['step']}/{steps}  {values}{rate}"

@@ -42,6 +42,7 @@ from fastpref.training.data.collate import settle_layout
 from fastpref.training.data.formats import is_conversational
 from fastpref.training.data.sources import Rows, read_rows
 from fastpref.training.data.tokens import Pair, tokenize_rows
+from fastpref.training.data.unpaired import fit_rows, with_labels
 from fastpref.training.distributed.processes import is_sharded, make_accelerator, place
 from fastpref.training.memory.auto_batch import check_auto_batch
 from fastpref.training.memory.meta import build_on_meta
@@ -110,6 +111,9 @@ def _load(
     eval_rows = read_rows(config, eval_dataset, "eval_dataset", "eval_dataset")
     if eval_dataset is not None and config.eval_fraction > 0:
         raise ValueError("give eval_dataset or eval_fraction, not both")
+    rows = fit_rows(rows, spec, "dataset", seed=config.seed, say=console.say)
+    if eval_rows is not None:
+        eval_rows = fit_rows(eval_rows, spec, "eval_dataset", seed=config.seed, say=console.say)
     tokenizer = build_tokenizer(config, tokenizer, conversational=is_conversational(rows), say=console.say)
     config = _with_defaults(config, spec, model, accelerator.num_processes, console)
     max_length, learning_rate = cast(int, config.max_length), cast(float, config.learning_rate)
@@ -142,6 +146,7 @@ def _load(
         max_length=max_length,
         device=accelerator.device,
         say=console.say,
+        unpaired=spec.unpaired,
     )
     plan = BatchPlan(
         pairs=len(pairs),
@@ -236,7 +241,7 @@ def _pairs(rows: Rows, tokenizer: Any, max_length: int, name: str, console: Cons
     found = tokenize_rows(rows, tokenizer, max_length=max_length, name=name)
     for line in found.report(name, max_length):
         console.say(line)
-    return found.pairs
+    return with_labels(found.pairs, rows)
 
 
 def _shape(model: Any) -> str:

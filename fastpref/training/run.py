@@ -15,7 +15,7 @@ from fastpref.folders import Claim
 from fastpref.losses import LossSpec
 from fastpref.training.config import TrainConfig
 from fastpref.training.data.batches import BatchPlan
-from fastpref.training.data.collate import Batch, Layout, collate
+from fastpref.training.data.collate import Batch, Layout, Part, collate
 from fastpref.training.data.tokens import Pair, data_digest
 
 # Options that shape every step: a run can only be resumed with the same ones. (The length of the run is
@@ -60,9 +60,14 @@ class Run:
     callbacks: Sequence[Callback] = ()
     starts_at_reference: bool = False  # whether its first step has policy and reference the same function
 
-    def collate(self, pairs: Sequence[Pair]) -> Batch:
+    def collate(self, pairs: Sequence[Pair], part: Part = "both") -> Batch:
         """Pairs as a batch on this process's device, laid out as the run lays them out."""
-        return collate(pairs, self.layout)
+        return collate(pairs, self.layout, part)
+
+    @property
+    def part(self) -> Part:
+        """What of each pair a training step's gradient is of."""
+        return "chosen" if self.spec.unpaired else "both"
 
     @contextmanager
     def own_config(self) -> Iterator[None]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastpref.logps import sequence_logps, token_logps
-from fastpref.losses import LossSpec, PreferenceOutput, preference_loss
+from fastpref.losses import KTOOutput, LossSpec, PreferenceOutput, kto_loss, preference_loss
 from fastpref.models import model_logps
 from fastpref.ops import sequence_reduce_op
 from fastpref.training.config import TrainConfig
-from fastpref.training.data.collate import IGNORE, Batch
+from fastpref.training.data.collate import IGNORE, Batch, Part
 from fastpref.training.data.tokens import Pair
 from fastpref.training.distributed.processes import backward, micro_batch
 from fastpref.training.memory.offload import offloading
@@ -25,42 +25,73 @@ class Scored(NamedTuple):
     """Pairs as a batch, their log-probs under the policy, and the run's loss of them."""
 
     batch: Batch
-    chosen: Tensor  # (P,) float32
-    rejected: Tensor  # (P,)
-    output: PreferenceOutput
+    policy: tuple[Tensor, ...]  # (P,) float32: of chosen and rejected responses, or of the responses of unpaired data
+    output: PreferenceOutput | KTOOutput
 
 
-def add_gradient(run: Run, model: Any, pairs: Sequence[Pair], *, scale: float, last: bool = True) -> Scored:
+def add_gradient(
+    run: Run, model: Any, pairs: Sequence[Pair], *, scale: float, last: bool = True, kl: Tensor | None = None
+) -> Scored:
     """Forward and backward of a micro-batch: the gradient of `scale` times the sum of its losses is added up.
 
     Args:
         model: as the loop runs it, wrapped.
         last: whether it is a step's last one, with which the processes add their gradients.
+        kl: of unpaired data, what `kl_estimate` gave for the step.
     """
     with micro_batch(run.accelerator, model, last=last):
-        scored = score(run, model, pairs)
+        scored = score(run, model, pairs, kl=kl)
         backward(run.accelerator, model, scored.output.losses.sum() * scale)
     return scored
 
 
-def score(run: Run, model: Any, pairs: Sequence[Pair]) -> Scored:
+def score(run: Run, model: Any, pairs: Sequence[Pair], *, kl: Tensor | None = None) -> Scored:
     """The pairs under `model`, which is the run's as it is or wrapped; with gradients where these are on."""
-    batch, policy = log_probs(run, model, pairs)
-    output = preference_loss(
-        *policy, *reference_logps(batch, run.spec), tokens=batch.scored_tokens, **run.config.loss_arguments
-    )
-    return Scored(batch, *policy, output)
+    batch, policy = log_probs(run, model, pairs, run.part)
+    output: PreferenceOutput | KTOOutput
+    if kl is not None:
+        options: Any = {"beta": run.config.beta, **run.config.options_of_loss}
+        reference, label = cast(Tensor, batch.ref_chosen), cast(Tensor, batch.desirable)
+        output = kto_loss(policy[0], reference, label, kl=kl, **options)
+    else:
+        chosen, rejected = policy
+        references = reference_logps(batch, run.spec)
+        tokens, arguments = batch.scored_tokens, run.config.loss_arguments
+        output = preference_loss(chosen, rejected, *references, tokens=tokens, **arguments)
+    return Scored(batch, policy, output)
 
 
-def log_probs(run: Run, model: Any, pairs: Sequence[Pair]) -> tuple[Batch, tuple[Tensor, Tensor]]:
-    """The pairs as a batch, and the log-probs that the run's loss takes, of chosen and rejected, each (P,)."""
-    batch = run.collate(pairs)
+def kl_estimate(run: Run, batches: Iterable[tuple[Sequence[Pair], bool]]) -> Tensor | None:
+    """How far the policy is from the reference on mismatched responses, over all batches and processes; at least 0.
+
+    None where the loss is of pairs. A step's one number for all of its micro-batches: how they are cut changes nothing.
+
+    Args:
+        batches: this process's pairs, as many batches on each process, and whether they count.
+    """
+    if not run.spec.unpaired:
+        return None
+    total = torch.zeros(2, dtype=torch.float32, device=run.accelerator.device)  # log-ratios, and how many
+    with torch.no_grad():
+        for pairs, counts in batches:
+            batch, (policy,) = log_probs(run, run.model, pairs, "rejected")
+            if counts:
+                total += torch.stack([(policy - cast(Tensor, batch.ref_rejected)).sum(), total.new_tensor(len(pairs))])
+    ratios, count = run.accelerator.reduce(total, "sum")
+    return (ratios / count).clamp(min=0)
+
+
+def log_probs(
+    run: Run, model: Any, pairs: Sequence[Pair], part: Part = "both"
+) -> tuple[Batch, tuple[Tensor, ...]]:  # each (P,)
+    """The pairs as a batch, and the log-probs that the run's loss takes, of chosen and rejected or of one of them."""
+    batch = run.collate(pairs, part)
     with offloading(run.config, run.model, run.accelerator.device):
         return batch, batch_logps(model, batch, run.config, reduction=run.spec.reduction)
 
 
-def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str) -> tuple[Tensor, Tensor]:
-    """Log-probs of the chosen and of the rejected responses, each (P,) float32.
+def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str) -> tuple[Tensor, ...]:
+    """Log-probs of the chosen and of the rejected responses, each (P,) float32; or of those that the batch holds.
 
     From hidden states without logits, or with logps=logits from these. Autocast is entered here and not by Accelerate,
     which would convert logits to float32 afterwards: a second (2P, T, V) tensor of twice the size, for numbers that
@@ -75,8 +106,8 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
         else:
             logits = model(**batch.inputs, use_cache=False).logits
             found = _of_logits(logits, batch, reduction)
-    chosen, rejected = cast(Tensor, found).chunk(2)  # neither was asked for a second value
-    return chosen, rejected
+    logps = cast(Tensor, found)  # neither was asked for a second value
+    return logps.chunk(2) if batch.part == "both" else (logps,)
 
 
 def _of_logits(logits: Tensor, batch: Batch, reduction: str) -> Tensor | tuple[Tensor, Tensor]:

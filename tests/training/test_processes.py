@@ -39,6 +39,7 @@ SHARED: dict[str, Any] = {
     "max_length": 64, "max_steps": 4, "logging_every": 1, "eval_every": 2, "save_every": 2, "sample_prompts": 1,
     "max_new_tokens": 3,
 }  # fmt: skip
+SUM: dict[str, Any] = {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
 TIMED = {"tokens_per_second", "peak_memory"}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -68,14 +69,13 @@ def work(folder: Path, *, only_ddp: bool) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         config = TrainConfig(
-            **SHARED,
             model=str(folder / model),
             tokenizer=str(folder / "tokenizer"),
             dataset=str(folder / "train.jsonl"),
             eval_dataset=str(folder / "eval.jsonl"),
             batch_size=2,
             gradient_accumulation_steps=2,
-            **{"output_dir": str(folder / name), **options},
+            **{**SHARED, "output_dir": str(folder / name), **options},
         )
         result = train(config)
         facts = {"held": held_bytes(result.model), "advice": [line.text for line in result.advice]}
@@ -83,6 +83,7 @@ def work(folder: Path, *, only_ddp: bool) -> None:
 
     adapters = (folder / "adapter").exists()  # where PEFT is installed
     run("ddp")
+    run("ddp-kto", loss="kto")
     if adapters:
         run("ddp-adapter", model="adapter")
     if only_ddp:
@@ -95,8 +96,11 @@ def work(folder: Path, *, only_ddp: bool) -> None:
         run("refused", output_dir="tokenizer")
     except FolderError as error:
         (folder / f"refused-{os.environ['RANK']}.txt").write_text(str(error))
+    run("ddp-sum", **SUM)
     os.environ.update(FSDP2)
     run("fsdp2")
+    run("fsdp2-kto", loss="kto")
+    run("fsdp2-sum", **SUM)
     run("fsdp2-untied", model="untied")
     run("fsdp2-resumed", resume=str(folder / "fsdp2" / "checkpoint-2"))
     if adapters:
@@ -156,15 +160,16 @@ def runs(
     for name, part in (("train", rows), ("eval", rows[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     make_adapter(folder)
-    alone: dict[str, dict[str, Any]] = {"tied": {"model": "tied"}, "untied": {"model": "untied"}}
+    alone: dict[str, dict[str, Any]] = {"tied": {"model": "tied"}, "kto": {"model": "tied", "loss": "kto"}}
     if (folder / "adapter").exists():
         alone["adapter"] = {"model": "adapter"}
-        alone["merged"] = {**alone["adapter"], "adapter": "merge", "lora_rank": 2}
+    if not only_ddp:
+        alone |= {"untied": {"model": "untied"}, "sum": {"model": "tied", **SUM}}
+        if "adapter" in alone:
+            alone["merged"] = {**alone["adapter"], "adapter": "merge", "lora_rank": 2}
     for tied in (True, False):
         tiny_model(tied=tied).save_pretrained(folder / ("tied" if tied else "untied"))
     for name, options in alone.items():
-        if only_ddp and name in ("untied", "merged"):
-            continue
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "draw", lambda run, history: None)
             changes = {**SHARED, "batch_size": 8, "output_dir": str(folder / f"one-{name}"), **options}
@@ -200,6 +205,10 @@ def facts(runs: Path, name: str) -> list[dict[str, Any]]:
     ("alone", "name"),
     [
         ("one-tied", "ddp"),
+        ("one-kto", "ddp-kto"),
+        pytest.param("one-sum", "ddp-sum", marks=pytest.mark.slow),
+        pytest.param("one-kto", "fsdp2-kto", marks=pytest.mark.slow),
+        pytest.param("one-sum", "fsdp2-sum", marks=pytest.mark.slow),
         pytest.param("one-tied", "fsdp2", marks=pytest.mark.slow),
         pytest.param("one-untied", "fsdp2-untied", marks=pytest.mark.slow),
     ],

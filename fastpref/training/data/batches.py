@@ -13,16 +13,17 @@ GROUPED_STEPS = 50  # steps among whose pairs those of like lengths are brought 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What pairs take in a batch, in tokens."""
+    """What pairs take in a batch, in tokens; of unpaired data what the longer of their two sequences takes."""
 
     tokens: tuple[int, ...]  # of each pair
     longest: tuple[int, ...]  # its longer sequence
     widths: tuple[int, ...] | None  # that sequence as a padded row; None where rows are not padded
+    sequences: int = 2  # of a pair in a batch
 
     def of(self, indices: Sequence[int]) -> int:
         """Tokens of a batch of these pairs, padding included."""
         if self.widths is not None:
-            return 2 * len(indices) * max((self.widths[index] for index in indices), default=0)
+            return self.sequences * len(indices) * max((self.widths[index] for index in indices), default=0)
         return sum(self.tokens[index] for index in indices)
 
     def longest_first(self, indices: Sequence[int]) -> list[int]:

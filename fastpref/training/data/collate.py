@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Layout:
     device: torch.device | str = "cpu"
     attention: str = "sdpa"
     repeat_last: bool = False  # of a shared prefix, in both sequences
+    unpaired: bool = False  # a batch holds one of a pair's sequences, but for the reference pass
 
     def width(self, longest: int) -> int:
         """Of rows that hold a sequence each: rounded up to a multiple of 8, but never beyond `max_length`."""
@@ -35,6 +36,8 @@ class Layout:
 
     def tokens(self, pair: Pair) -> int:
         """Tokens of the pair's own in a batch; padding to other pairs comes on top."""
+        if self.unpaired:
+            return pair.length
         together = len(pair.chosen.ids) + len(pair.rejected.ids)
         return together - max(pair.shared - self.repeat_last, 0) if self.name == "shared" else together
 
@@ -42,7 +45,7 @@ class Layout:
         """What pairs take in batches."""
         longest = tuple(pair.length for pair in pairs)
         widths = tuple(map(self.width, longest)) if self.name == "padded" else None
-        return Sizes(tuple(map(self.tokens, pairs)), longest, widths)
+        return Sizes(tuple(map(self.tokens, pairs)), longest, widths, sequences=1 if self.unpaired else 2)
 
 
 def settle_layout(
@@ -53,6 +56,7 @@ def settle_layout(
     max_length: int,
     device: torch.device,
     say: Callable[[str], None],
+    unpaired: bool = False,
 ) -> Layout:
     """The layout asked for, or the padded one where the model cannot be given it, which a line then says.
 
@@ -66,12 +70,16 @@ def settle_layout(
         else:
             say(f"layout={name} is not possible: {reason}. Rows are padded (layout=padded)")
             name = "padded"
-    return Layout(name, pad_id, max_length, device, config.attention, repeat_last=config.logps == "logits")
+    repeat_last = config.logps == "logits"
+    return Layout(name, pad_id, max_length, device, config.attention, repeat_last, unpaired)
+
+
+Part = Literal["both", "chosen", "rejected"]  # of each pair
 
 
 @dataclass(frozen=True)
 class Batch:
-    """P pairs, as 2P sequences: all chosen ones, then all rejected ones. Of `labels` and `scored` one is None."""
+    """P pairs, as 2P sequences: all chosen ones, then all rejected ones; or P of either. labels or scored is None."""
 
     inputs: dict[str, Any]  # of the model's forward
     labels: Tensor | None  # (2P, T) int64, -100 outside the response: a row a sequence
@@ -80,6 +88,8 @@ class Batch:
     tokens: int  # of the 2P sequences, not padding; a shared prompt counts for both
     ref_chosen: Tensor | None  # (P,) float32
     ref_rejected: Tensor | None  # (P,) float32
+    desirable: Tensor | None  # (P,) bool, of unpaired data
+    part: Part
 
     @property
     def scored_tokens(self) -> tuple[Tensor, Tensor]:
@@ -91,15 +101,18 @@ class Batch:
         return chosen, rejected
 
 
-def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
+def collate(pairs: Sequence[Pair], layout: Layout, part: Part = "both") -> Batch:
     """Pairs as a batch. Nothing in it depends on the layout but the shape of what the model gets."""
     labels, scored = None, None
+    chosen = [] if part == "rejected" else [pair.chosen for pair in pairs]
+    rejected = [] if part == "chosen" else [pair.rejected for pair in pairs]
+    responses = chosen + rejected
     if layout.name == "padded":
-        inputs, labels = _padded(pairs, layout)
+        inputs, labels = _padded(responses, layout)
     else:
         inputs, scored = pack_pairs(
-            [_scored(pair.chosen) for pair in pairs],
-            [_scored(pair.rejected) for pair in pairs],
+            list(map(_scored, chosen or rejected)),
+            list(map(_scored, rejected)) if part == "both" else None,
             share_prefix=layout.name == "shared",
             repeat_last=layout.repeat_last,
             attention=layout.attention,
@@ -112,14 +125,17 @@ def collate(pairs: Sequence[Pair], layout: Layout) -> Batch:
             return None
         return torch.tensor(known, dtype=torch.float32).to(layout.device, non_blocking=True)
 
+    wanted = column([pair.desirable for pair in pairs])
     return Batch(
         inputs=inputs,
         labels=labels,
         scored=scored,
         rows=[pair.row for pair in pairs],
-        tokens=sum(len(response.ids) for pair in pairs for response in (pair.chosen, pair.rejected)),
+        tokens=sum(len(response.ids) for response in responses),
         ref_chosen=column([pair.ref_chosen_logp for pair in pairs]),
         ref_rejected=column([pair.ref_rejected_logp for pair in pairs]),
+        desirable=None if wanted is None else wanted.bool(),
+        part=part,
     )
 
 
@@ -128,13 +144,12 @@ def _scored(response: Response) -> tuple[Ids, int]:
     return response.ids, max(response.start, 1)
 
 
-def _padded(pairs: Sequence[Pair], layout: Layout) -> tuple[dict[str, Any], Tensor]:
+def _padded(responses: Sequence[Response], layout: Layout) -> tuple[dict[str, Any], Tensor]:
     """Rows padded on the right, where a causal model's default positions stay right.
 
     To the `Layout.width` of the batch's longest sequence. Padding is known by its position and nothing else: `pad_id`
     may be the id of a real token (EOS often is).
     """
-    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     width = layout.width(max(len(response.ids) for response in responses))
     input_ids = torch.full((len(responses), width), layout.pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

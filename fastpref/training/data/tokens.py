@@ -51,6 +51,7 @@ class Pair:
     rejected: Response
     ref_chosen_logp: float | None = None
     ref_rejected_logp: float | None = None
+    desirable: bool | None = None  # of unpaired data: chosen's label, and rejected is a mismatched response
 
     @property
     def length(self) -> int:
@@ -282,4 +283,6 @@ def data_digest(pairs: Sequence[Pair]) -> str:
         for ids, start in (pair.chosen, pair.rejected):
             digest.update(f"{len(ids)} {start} ".encode())
             digest.update(ids.tobytes())
+        if pair.desirable is not None:
+            digest.update(b"+" if pair.desirable else b"-")
     return digest.hexdigest()

@@ -174,7 +174,8 @@ class _Trials:
                 # As a micro-batch that is not a step's last, for which DDP's processes do not wait for each other: one
                 # may be out of memory. A sharded model knows no such way.
                 chunk = [run.pairs[index] for index in self.order[:pairs]]
-                add_gradient(run, self.model, chunk, scale=1 / pairs, last=is_sharded(run.accelerator))
+                kl = torch.zeros((), device=device) if run.spec.unpaired else None
+                add_gradient(run, self.model, chunk, scale=1 / pairs, last=is_sharded(run.accelerator), kl=kl)
             return self.meter.taken()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

@@ -58,10 +58,11 @@ def dry_run(run: Run) -> DryRun:
 
 
 def _lengths(run: Run) -> dict[str, tuple[int, int, int, int]]:
+    names = ("response", "mismatched response") if run.spec.unpaired else ("chosen response", "rejected response")
     found = {
         "prompt": [len(pair.prompt) for pair in run.pairs],
-        "chosen response": [len(pair.chosen.ids) - pair.chosen.start for pair in run.pairs],
-        "rejected response": [len(pair.rejected.ids) - pair.rejected.start for pair in run.pairs],
+        names[0]: [len(pair.chosen.ids) - pair.chosen.start for pair in run.pairs],
+        names[1]: [len(pair.rejected.ids) - pair.rejected.start for pair in run.pairs],
         "longer sequence": [pair.length for pair in run.pairs],
     }
     return {name: _spread(values) for name, values in found.items()}
@@ -188,7 +189,8 @@ def show_pair(pair: Pair, tokenizer: Any, *, max_length: int, color: bool) -> li
     Lines of text; with `color` they hold ANSI codes.
     """
     lines = [f"the first pair (row {pair.row}), as the model sees it: {LEGEND[color]}"]
-    for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    names = ("chosen", "rejected") if pair.desirable is None else ("response", "mismatched response")
+    for name, response in zip(names, (pair.chosen, pair.rejected), strict=True):
         whole, scored = len(response.ids), len(response.ids) - max(response.start, 1)
         cut = f", at max_length={max_length}" if whole == max_length else ""
         lines += [f"{name}: {whole} tokens, {scored} scored{cut}", _marked(response, tokenizer, color=color)]

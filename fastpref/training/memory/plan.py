@@ -64,7 +64,7 @@ def plan_memory(run: Run) -> MemoryPlan:
     """The plan of a run whose model may be without numbers (on the meta device)."""
     config, device = run.config, run.accelerator.device
     indices, most = largest_micro_batch(run)
-    batch = run.collate([run.pairs[index] for index in indices])
+    batch = run.collate([run.pairs[index] for index in indices], run.part)
     positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
     parameters = list({id(p): p for p in run.model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
@@ -129,7 +129,7 @@ def check_budget(run: Run) -> None:
     if run.config.memory_budget is None or not run.pairs:
         return
     indices, _ = largest_micro_batch(run)
-    _head(run, run.collate([run.pairs[index] for index in indices]))
+    _head(run, run.collate([run.pairs[index] for index in indices], run.part))
 
 
 def largest_micro_batch(run: Run) -> tuple[list[int], int]:
@@ -156,7 +156,8 @@ def _operand(run: Run, weight: Tensor) -> torch.dtype:
 
 def _head(run: Run, batch: Batch) -> tuple[int, str]:
     """What a batch's log-probs and their gradient take, and how they are made."""
-    config, device, pairs = run.config, run.accelerator.device, len(batch.rows)
+    config, device = run.config, run.accelerator.device
+    pairs = max(1, len(batch.rows) // (2 if run.spec.unpaired else 1))  # by two sequences
     positions, scored = batch.inputs["input_ids"].numel(), _scored(batch)
     weight: Tensor = run.model.get_output_embeddings().weight
     step = Step(

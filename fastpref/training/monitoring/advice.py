@@ -32,8 +32,8 @@ ERRORS = 6.0
 # silence the advice for as long as its record is looked at. The others' mean is this share of a normal variance.
 COUNTED, OF_NORMAL = 0.75, 0.368
 # Of these the chosen log-prob is not what a margin may be bought with: kl_sft raises it and looks at nothing else, and
-# apo_down is made to lower both.
-NOT_FOR = ("kl_sft", "apo_down")
+# apo_down is made to lower both; kto's are of the desirable responses, without a counterpart.
+NOT_FOR = ("kl_sft", "apo_down", "kto")
 KEPT = ("step", "loss", "rewards/chosen", "rewards/margins")
 
 

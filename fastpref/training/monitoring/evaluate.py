@@ -11,10 +11,10 @@ from fastpref.training.checkpoints.durable import writing
 from fastpref.training.data.batches import cut
 from fastpref.training.distributed.processes import deal, is_sharded
 from fastpref.training.memory.oom import explained
-from fastpref.training.monitoring.metrics import keep_records, means, pair_sums, write_record, zero_sums
+from fastpref.training.monitoring.metrics import keep_records, means, sums_of, write_record, zero_sums
 from fastpref.training.precision import autocasts
 from fastpref.training.run import Run
-from fastpref.training.step import score
+from fastpref.training.step import kl_estimate, score
 
 SAMPLES = "samples.jsonl"
 
@@ -25,15 +25,17 @@ def evaluate(run: Run) -> dict[str, float]:
     A loss that does not separate by pair is computed a batch at a time, so its value depends on `batch_size`.
     """
     spec, accelerator = run.spec, run.accelerator
-    sums = zero_sums(accelerator.device)
+    sums = zero_sums(spec, accelerator.device)
+    batches = [([run.eval_pairs[index] for index in part], counts) for part, counts in deal(_batches(run), accelerator)]
     run.model.eval()
     with torch.no_grad(), run.console.bar("evaluation", len(run.eval_pairs), unit="pair") as bar:
-        for indices, counts in deal(_batches(run), accelerator):
-            chunk = [run.eval_pairs[index] for index in indices]
+        with explained(run, "an evaluation", batches[0][0]):
+            kl = kl_estimate(run, batches)
+        for chunk, counts in batches:
             with explained(run, "an evaluation", chunk):
-                scored = score(run, run.model, chunk)
+                scored = score(run, run.model, chunk, kl=kl)
             if counts:
-                sums += pair_sums(scored)
+                sums += sums_of(scored)
             # The other processes do about as much.
             tokens = scored.batch.tokens * accelerator.num_processes
             bar.advance(len(chunk) * accelerator.num_processes, tokens=tokens)
@@ -87,9 +89,12 @@ def write_samples(run: Run, step: int) -> None:
                 "row": pair.row,
                 "prompt": run.tokenizer.decode(pair.prompt.tolist()),
                 "generated": run.tokenizer.decode(answer[0, prompt.shape[1] :].tolist()),
-                "chosen": run.tokenizer.decode(pair.chosen.ids[pair.chosen.start :].tolist()),
-                "rejected": run.tokenizer.decode(pair.rejected.ids[pair.rejected.start :].tolist()),
             }
+            for name, response in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), strict=True):
+                record[name] = run.tokenizer.decode(response.ids[response.start :].tolist())
+            if pair.desirable is not None:
+                record |= {"completion": record.pop("chosen"), "label": pair.desirable}
+                del record["rejected"]  # a mismatched one
             write_record(file, record)
         os.fsync(file.fileno())
     model.train()

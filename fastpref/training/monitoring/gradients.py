@@ -91,8 +91,7 @@ class Norms:
 class _Row(NamedTuple):
     row: int
     loss: float
-    chosen: float
-    rejected: float
+    logps: list[float]  # of chosen and rejected, or of the response of an unpaired row
     norm: float | None = None
 
 
@@ -105,8 +104,8 @@ def explosion(run: Run, model: Any, step: SeenStep, norm: float, usual: float, *
         now: the last step whose update the weights have had; None if they are not to be measured with.
     """
     pairs = {pair.row: pair for pair in (run.pairs[index] for index in run.plan.step(step.step - 1))}
-    values = torch.cat(step.values, dim=1)  # (3, P)
-    rows = [_Row(row, *three) for row, three in zip(step.rows, values.T.tolist(), strict=True)]
+    values = torch.cat(step.values, dim=1)  # (3, P), or (2, P) of unpaired data
+    rows = [_Row(row, loss, logps) for row, (loss, *logps) in zip(step.rows, values.T.tolist(), strict=True)]
     several = run.accelerator.num_processes > 1
     if several:
         from accelerate.utils import gather_object
@@ -115,6 +114,8 @@ def explosion(run: Run, model: Any, step: SeenStep, norm: float, usual: float, *
         rows = list({row[0]: _Row(*row) for row in gather_object(rows)}.values())
     if now is None:
         how = "a later step is not finite"
+    elif run.spec.unpaired:
+        how = "the loss is of unpaired data"
     elif several or is_sharded(run.accelerator):
         how = "the run has several processes" if several else "the model is sharded"
     else:
@@ -211,8 +212,10 @@ def _describe(run: Run, row: _Row, pair: Pair) -> str:
     norm = "" if row.norm is None else f"norm {row.norm:.3g}, "
     loss = f"loss {row.loss:.3g}, " if run.spec.separable else ""
     lengths = [len(response.ids) - response.start for response in (pair.chosen, pair.rejected)]
+    if run.spec.unpaired:
+        return f"row {row.row}: {loss}log-prob {row.logps[0]:.4g}, {lengths[0]} tokens"
     return (
-        f"row {row.row}: {norm}{loss}log-probs of chosen and rejected {row.chosen:.4g} and {row.rejected:.4g}, "
+        f"row {row.row}: {norm}{loss}log-probs of chosen and rejected {row.logps[0]:.4g} and {row.logps[1]:.4g}, "
         f"{lengths[0]} and {lengths[1]} tokens"
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.losses import LossSpec
+from fastpref.losses import KTOOutput, LossSpec
 from fastpref.memory import peak
 from fastpref.training.checkpoints.durable import SaveError, new_file, writing
 from fastpref.training.monitoring.trackers import TENSORBOARD
@@ -32,54 +32,72 @@ MEANS = (
 # Logged where the loss has a penalty, under the loss's name: dpop/penalty is its mean over pairs,
 # dpop/active_frac the share of pairs where it is not zero.
 PENALTY = ("penalty", "active_frac")
+# Of unpaired data: sums over the desirable responses, the undesirable, and all. `logps/chosen` are of the desirable.
+UNPAIRED = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "loss", "kl", "desirable")
 COUNTS = ("pairs", "tokens")
 
 
-def pair_sums(scored: Scored) -> Tensor:
-    """Sums over a batch's pairs in the order of MEANS, PENALTY and COUNTS: one vector, on the device."""
-    batch, policy_chosen, policy_rejected, output = scored
+def sums_of(scored: Scored) -> Tensor:
+    """Sums over a batch's pairs in the order of `sum_names`: one vector, on the device."""
+    batch, policy, output = scored
     losses = output.losses.detach()
-    penalty = output.penalty if output.penalty is not None else torch.zeros_like(losses)
-    rows = torch.stack(
-        [
+    if isinstance(output, KTOOutput):
+        assert batch.desirable is not None
+        rows = [value.detach() * label for label in (batch.desirable, ~batch.desirable)
+                for value in (output.rewards, *policy)]  # fmt: skip
+        rows += [losses, output.kl.expand_as(losses), batch.desirable.to(losses.dtype)]
+    else:
+        penalty = output.penalty if output.penalty is not None else torch.zeros_like(losses)
+        rows = [
             losses,
             output.chosen_rewards,
             output.rejected_rewards,
             (output.chosen_rewards > output.rejected_rewards).to(losses.dtype),
             output.chosen_rewards - output.rejected_rewards,
-            policy_chosen.detach(),
-            policy_rejected.detach(),
+            *(logps.detach() for logps in policy),
             penalty,
             (penalty != 0).to(losses.dtype),
         ]
-    )
     counts = torch.tensor([losses.numel(), batch.tokens], dtype=sums_dtype(losses.device)).to(
         losses.device, non_blocking=True
     )
-    return torch.cat([rows.to(counts.dtype).sum(1), counts])
+    return torch.cat([torch.stack(rows).to(counts.dtype).sum(1), counts])
 
 
-def zero_sums(device: torch.device) -> Tensor:
-    return torch.zeros(len(MEANS) + len(PENALTY) + len(COUNTS), dtype=sums_dtype(device), device=device)
+def sum_names(spec: LossSpec) -> list[str]:
+    """What is summed over pairs: the means that are logged, with the counts they take."""
+    if spec.unpaired:
+        return [*UNPAIRED, *COUNTS]
+    return [*MEANS, *(f"{spec.penalty_name}/{name}" for name in PENALTY), *COUNTS]
+
+
+def zero_sums(spec: LossSpec, device: torch.device) -> Tensor:
+    return torch.zeros(len(sum_names(spec)), dtype=sums_dtype(device), device=device)
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # float32 counts tokens exactly to 2**24
 
 
-def means(sums: list[float], spec: LossSpec, *, prefix: str = "") -> dict[str, float]:
-    """Sums, already gathered, divided by the number of pairs."""
-    names = list(MEANS)
-    if spec.penalty_name is not None:
-        names += [f"{spec.penalty_name}/{name}" for name in PENALTY]
-    pairs = sums[-2]
-    return {prefix + name: value / pairs for name, value in zip(names, sums, strict=False)}
+def means(sums: Sequence[float], spec: LossSpec, *, prefix: str = "") -> dict[str, float]:
+    """Sums, already gathered, divided by the number of pairs; of unpaired data by those of the label."""
+    named = dict(zip(sum_names(spec), sums, strict=True))
+    pairs = named["pairs"]
+    if not spec.unpaired:
+        names = MEANS if spec.penalty_name is None else list(named)[: -len(COUNTS)]
+        return {prefix + name: named[name] / pairs for name in names}
+    found = {name: named[name] / pairs for name in ("loss", "kl")}
+    for label, count in (("chosen", named["desirable"]), ("rejected", pairs - named["desirable"])):
+        if count:  # a record may hold none
+            found |= {name: named[name] / count for name in (f"rewards/{label}", f"logps/{label}")}
+    if {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return {prefix + name: value for name, value in found.items()}
 
 
 def check_best(name: str, spec: LossSpec, *, save_best: bool, eval_pairs: int) -> None:
     """ValueError unless an evaluation gives the metric that says which model is the best."""
-    ones = [1.0] * len(zero_sums(torch.device("cpu")))
-    names = list(means(ones, spec, prefix="eval_"))
+    names = list(means([*[1.0] * (len(sum_names(spec)) - len(COUNTS)), 2.0, 2.0], spec, prefix="eval_"))
     if name not in names:
         raise ValueError(f"best_metric must be one of {', '.join(names)} with loss {spec.name!r}, got {name!r}")
     if save_best and not eval_pairs:
@@ -98,14 +116,15 @@ def progress_note(history: Sequence[dict[str, Any]]) -> str:
     last = next((record for record in reversed(history) if "tokens_per_second" in record), None)
     if last is None:
         return ""
-    return f"{last['tokens_per_second']:,.0f} tokens/s  loss {last['loss']:.4f}  margin {last['rewards/margins']:.4f}"
+    margin = f"  margin {last['rewards/margins']:.4f}" if "rewards/margins" in last else ""
+    return f"{last['tokens_per_second']:,.0f} tokens/s  loss {last['loss']:.4f}{margin}"
 
 
 class Window:
     """The sums since the last record, on the device, and the seconds spent training in that time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = zero_sums(device)
+    def __init__(self, spec: LossSpec, device: torch.device) -> None:
+        self.sums = zero_sums(spec, device)
         self._carried = 0.0
         self._since = time.perf_counter()
 

@@ -24,7 +24,7 @@ class SeenStep:
 
     step: int
     rows: list[int] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)  # each (3, P): loss, chosen log-prob, rejected log-prob
+    values: list[Tensor] = field(default_factory=list)  # each (3, P): loss, chosen log-prob, rejected; or the first two
     found: Tensor | None = None  # (3,): whether a value is not finite, the gradient's norm, the mean loss here
 
 
@@ -41,8 +41,7 @@ class FiniteGuard:
     def see_batch(self, scored: Scored) -> None:
         current = self._steps[-1]
         current.rows.extend(scored.batch.rows)
-        values = (scored.output.losses, scored.chosen, scored.rejected)
-        current.values.append(torch.stack([value.detach() for value in values]))
+        current.values.append(torch.stack([value.detach() for value in (scored.output.losses, *scored.policy)]))
 
     def see_gradient(self, norm: Tensor) -> None:
         current = self._steps[-1]
@@ -73,11 +72,11 @@ class FiniteGuard:
         pairs = gather_object([(row, *value) for row, value in zip(step.rows, values, strict=True)])
         pairs.sort(key=lambda pair: all(map(math.isfinite, pair[1:])))  # the broken ones first
         listed = "; ".join(
-            f"row {row}: loss {loss:.4g}, log-probs {chosen:.4g} and {rejected:.4g}"
-            for row, loss, chosen, rejected in pairs[:SHOWN]
+            f"row {row}: loss {loss:.4g}, log-probs {' and '.join(f'{value:.4g}' for value in logps)}"
+            for row, loss, *logps in pairs[:SHOWN]
         )
         more = f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
         broken = sum(not all(map(math.isfinite, pair[1:])) for pair in pairs)
         what = f"{broken} of {len(pairs)} pairs have values" if broken else "the gradient has values"
-        where = "The batch, with the log-probs of chosen and rejected"
+        where = f"The batch, with the log-probs of {'chosen and rejected' if len(pairs[0]) > 3 else 'its responses'}"
         return f"step {step.step}: {what} that are not finite. {where}: {listed}{more}"

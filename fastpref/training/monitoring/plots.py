@@ -117,6 +117,7 @@ def _panels(names: set[str]) -> list[_Panel]:
         _Panel("Accuracy", [_Curve("rewards/accuracies", "accuracy", SECOND)], line=0.5, share=True),
         _Panel("Log-probs of the responses", logps),
         sixth,
+        _Panel("KL estimate", [_Curve("kl", "KL", SECOND)], line=0),
     ]
 
 
