@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
-from transformers.utils import has_file
+from transformers.utils import cached_file, has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.training.config import ALL_LINEAR, TrainConfig
@@ -74,8 +75,9 @@ def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) 
     """
     if config.model is not None and adapter_base(config.model) is not None:
         _check_rank(config, f"model={config.model!r} is an adapter")
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer))  # as PEFT does: the adapter has the embeddings
+        longer = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+        if longer and _has_rows(config.model, len(tokenizer)):  # embeddings, with those of tokens that were added
+            model.resize_token_embeddings(len(tokenizer))
         model = _attach(model, config.model)
     elif is_adapted(model):
         _check_rank(config, "the model has PEFT adapters")
@@ -91,6 +93,15 @@ def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) 
         model.name_or_path = str(Path(str(config.output_dir)).resolve() / BASE)
         say(f"the merged base is saved in {model.name_or_path}: the new adapter goes on top of it")
     return model
+
+
+def _has_rows(source: str, count: int) -> bool:
+    """Whether a matrix of so many rows is among an adapter's weights; of an old format's it is not known, and True."""
+    file = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return True
+    with safe_open(file, "pt") as weights:
+        return any(weights.get_slice(name).get_shape()[0] == count for name in weights.keys())  # noqa: SIM118
 
 
 def _attach(model: Any, source: str) -> Any:

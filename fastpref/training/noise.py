@@ -105,6 +105,9 @@ def check_start(run: Run) -> None:
         first, again, drawing = logps(), logps(), []
         model.eval()
         quiet = logps()
+        if not (first.isfinite().all() and quiet.isfinite().all()):  # the step's own check names the rows
+            model.train(training)
+            return
         if _beyond(run, first, again) or _beyond(run, first, quiet):
             model.train()
             with _watched(model, device) as drawing:
@@ -117,14 +120,17 @@ def check_start(run: Run) -> None:
     assert batch.ref_rejected is not None  # the loss has a reference
     start = torch.stack([batch.ref_chosen, batch.ref_rejected], dim=1)
     if _beyond(run, first, start):
-        options, (chosen, rejected) = run.config.loss_arguments, start.unbind(1)
-        losses = (preference_loss(x[:, 0], x[:, 1], chosen, rejected, **options).losses for x in (first, start))
-        loss, equal = (values.mean() for values in losses)
+        said = ""
+        if not run.spec.unpaired:
+            options, (chosen, rejected) = run.config.loss_arguments, start.unbind(1)
+            losses = (preference_loss(x[:, 0], x[:, 1], chosen, rejected, **options).losses for x in (first, start))
+            loss, equal = (values.mean() for values in losses)
+            said = f"; the loss of {len(pairs)} pairs is {loss:.4f}, where equal log-probs give {equal:.4f}"
         worst = (first - start).abs().amax(1).argmax()
         run.console.say(
             "at the first step policy and reference should be the same function, and are not: of row "
             f"{batch.rows[worst]} the log-probs are {_pair(first[worst])} and {_pair(start[worst])} (chosen, "
-            f"rejected); the loss of {len(pairs)} pairs is {loss:.4f}, where equal log-probs give {equal:.4f}"
+            f"rejected){said}"
         )
 
 

@@ -378,6 +378,18 @@ def test_an_adapter_under_another_name_is_saved_where_the_line_says(sft: Path, c
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), logits(result.model))
 
 
+def test_a_tokenizer_that_was_always_longer_than_the_embeddings_changes_no_shape(
+    sft: Path, run_from: Make, llama: Any, tokenizer: Any
+) -> None:
+    """Models ship so; one more row would be one more entry of each softmax."""
+    vocabulary = llama.config.vocab_size
+    tokenizer.add_tokens([f"<unused{number}>" for number in range(vocabulary + 1 - len(tokenizer))])
+    assert len(tokenizer) == vocabulary + 1
+    tokenizer.save_pretrained(sft)
+    result, _ = run_from(model=str(sft))
+    assert result.model.get_input_embeddings().weight.shape[0] == vocabulary
+
+
 def test_tokens_that_the_adapter_added_come_with_it(sft: Path, run_from: Make, tokenizer: Any) -> None:
     """Trained embeddings longer than the base's, which PEFT saves with the adapter."""
     tokenizer.add_tokens(["<a>", "<b>", "<c>"])

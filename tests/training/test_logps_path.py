@@ -99,8 +99,8 @@ def test_the_default_is_the_linear_path_for_policy_reference_and_evaluation(
     monkeypatch.setattr(step, "sequence_logps", None)  # calling it would raise
     config = make_config(batch_size=13, max_steps=2, memory_budget="8MiB")
     train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows[:2])
-    # Reference of the training pairs, which the held-out ones are among, two steps, an evaluation.
-    assert seen == [(False, "8MiB"), (True, "8MiB"), (True, "8MiB"), (False, "8MiB")]
+    # Reference of the training pairs, which the held-out ones are among, three to check the start, two steps, evaluation.
+    assert seen == [(with_gradient, "8MiB") for with_gradient in (*[False] * 4, True, True, False)]
 
 
 def test_a_run_resumes_on_its_own_path_only(

@@ -518,7 +518,7 @@ def test_a_reference_model_that_does_not_fit_is_refused_by_name(
     swapped["a"], swapped["b"] = swapped["b"], swapped["a"]
     make_tokenizer().save_pretrained(tmp_path / "foreign")
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(vocabulary))
-    assert "the model 100" in message("small")
+    assert "embeddings of 100 tokens" in message("small")
     assert "max_length=64 is beyond the model's 32 positions" in message("short")
     assert "another vocabulary than the run's tokenizer ('a' is" in message("foreign")
     assert message("none") == f"reference_model: there is no folder {str(tmp_path / 'none')!r}"

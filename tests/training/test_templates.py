@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.training.data.templates import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 from fastpref.training.data.tokens import PairSet, Response, data_digest, tokenize_rows
-from fastpref.training.reference.key import text_digest
+from fastpref.training.reference.cache import text_digest
 
 Row = dict[str, Any]
 
