@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,6 @@ BASE = "base"  # the run folder's, with the base that an adapter was merged into
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Parts of the names of modules that choose experts: what they give is no matrix product alone.
 ROUTERS = ("gate", "router", "shared_expert_gate")
-# What experts' layers were called before transformers stacked them. PEFT takes every such name in a list of modules for
-# the stack, and leaves out the plain layers of that name (dense ones, shared experts): these are named as parameters.
-EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 # Layers of a Mamba mixer, whose kernels read the weights: an adapter beside them would not be seen.
 MAMBA_READS = ("out_proj", "x_proj", "dt_proj", "conv1d")
 
@@ -166,22 +164,30 @@ def add_lora(model: Any, config: TrainConfig) -> tuple[Any, list[str]]:
 
     peft = _peft()
     modules, parameters = _targets(model, config.lora_target_modules)
-    if parameters:
-        plain = {name: m for name, m in modules.items() if name.rpartition(".")[2] in EXPERT_LAYERS and _is_plain(m)}
-        modules = {name: m for name, m in modules.items() if name not in plain}
-        parameters |= {f"{name}.weight" for name in plain}
-    options: dict[str, Any] = {"target_parameters": sorted(parameters)} if parameters else {}
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        target_modules=sorted(modules),
-        # GPT-2's layers keep their weights the other way round; PEFT would find that out and warn.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
-        **options,
-    )
     sizes = _matrices(model)
-    model = peft.get_peft_model(model, lora)
+    # GPT-2's layers keep their weights the other way round; PEFT would find that out and warn.
+    turned = any(isinstance(module, Conv1D) for module in modules.values())
+
+    def add(model: Any, modules: Collection[str], parameters: Collection[str]) -> Any:
+        options: dict[str, Any] = {"target_parameters": sorted(parameters)} if parameters else {}
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            target_modules=sorted(modules),
+            fan_in_fan_out=turned,
+            **options,
+        )
+        return peft.get_peft_model(model, lora)
+
+    with warnings.catch_warnings():  # of rank_pattern, which PEFT sets itself where it passes over layers
+        warnings.simplefilter("ignore", RuntimeWarning)
+        model = add(model, modules, parameters)
+    # PEFT takes gate_proj, up_proj, down_proj for what experts were called before transformers stacked them, and passes
+    # over dense layers and shared experts of these names; as parameters it takes them.
+    passed = {name for name in modules.keys() - set(model.base_model.targeted_module_names) if _is_plain(modules[name])}
+    if passed:
+        model = add(model.unload(), modules.keys() - passed, parameters | {f"{name}.weight" for name in passed})
     adapted = {f"{name}.weight" for name in model.base_model.targeted_module_names}
     adapted |= set(model.base_model.targeted_parameter_names)
     reached = sum(size for name, size in sizes.items() if name in adapted)
