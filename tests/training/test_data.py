@@ -154,7 +154,9 @@ def test_turns_of_others_in_a_response_are_reported(tokenizer: Any) -> None:
     row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b"), user("c"), assistant("d")]}
     result = tokenize_rows([row], tokenizer, max_length=64)
     assert scored(result.pairs[0].rejected, tokenizer) == " b<|end|>\n\nUser: c\n\nAssistant: d<|end|>"
-    assert any("1 rows have turns other than the assistant's" in line for line in result.report("dataset", 64))
+    assert any(
+        "in all rows a response has turns other than the assistant's" in line for line in result.report("dataset", 64)
+    )
 
 
 def test_max_length_cuts_the_end_of_a_response_and_is_reported(tokenizer: Any) -> None:
@@ -311,7 +313,8 @@ def test_a_text_prompt_beside_whole_conversations_is_their_first_message(tokeniz
     whole = {name: [user("sky?"), *messages] for name, messages in TURNS.items()}
     same(tokenizer, {"prompt": "sky?", **whole}, {"prompt": [user("sky?")], **TURNS})
     same(tokenizer, {"prompt": "sky?", **TURNS}, {"prompt": [user("sky?")], **TURNS})
-    lines = lines_of([{"prompt": "sky?", **whole}, {"prompt": "sea?", **whole}], tokenizer)
+    lines = lines_of([{"prompt": "sky?", **whole}, {"prompt": "sea?", **whole}, {"prompt": "sky?", **TURNS}], tokenizer)
+    assert any("in 1 rows (2) the text of prompt is put into a user's message" in line for line in lines)
     assert any("in 1 rows (0) the text of prompt is a message of the whole conv" in line for line in lines)
     assert any("in 1 rows (1) the text of prompt is left out, as no message says it" in line for line in lines)
 

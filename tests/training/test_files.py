@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fastpref.training import TrainConfig
+from fastpref.training import TrainConfig, train, with_reference
+from fastpref.training.arguments import parse_arguments
 from fastpref.training.data.sources import check_rows, load_rows, read_rows
 from fastpref.training.data.tokens import data_digest, tokenize_rows
 
@@ -223,6 +224,25 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
         assert list(read_rows(TrainConfig(columns=columns), given, "dataset", "train_dataset") or ()) == wanted
     with pytest.raises(ValueError, match="'prompt' is to be read from 'quest', but the columns are prompt, frage, ch"):
         read_rows(TrainConfig(columns={"prompt": "quest"}), rows, "dataset", "train_dataset")
+
+
+def test_a_run_and_with_reference_take_columns_and_splits(
+    make_config: Callable[..., TrainConfig], make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    rows = [{"prompt": str(i), "frage": f"sky {i}?", "chosen": " blue", "rejected": " green"} for i in range(6)]
+    write(folder / "train.jsonl", rows[:4])
+    write(folder / "test.jsonl", rows[4:])
+    options = {"dataset": folder, "eval_dataset": folder, "eval_dataset_split": "test"}
+    config = parse_arguments(
+        [f"--{name}={value}" for name, value in options.items()] + ["--columns", '{"prompt": "frage"}']
+    )
+    chosen = {name: getattr(config, name) for name in (*options, "columns")}
+    config = make_config(**chosen, max_steps=1)
+    result = train(config, model=make_model(), tokenizer=tokenizer)
+    assert "eval_loss" in result.history[-1]
+    found = with_reference(config, model=make_model(), tokenizer=tokenizer)
+    assert [(row["prompt"], row["ref_chosen_logps"] < 0) for row in found] == [(row["frage"], True) for row in rows[:4]]
 
 
 def test_options_of_data_that_do_not_apply_are_refused(tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ class RenderedPair(NamedTuple):
     conversational: bool
     implicit: bool = False  # the prompt was found in the responses
     notes: tuple[str, ...] = ()  # as `Example` has them
-    other_turns: bool = False  # a response holds messages that are not the assistant's
 
 
 def in_order(rows: Sequence[Any]) -> Iterator[Any]:
@@ -110,6 +109,7 @@ def read_row(row: Any, index: int, *, repeated: bool = False) -> Example:
     elif isinstance(prompt, str) and isinstance(chosen, list):
         if chosen[0]["role"] == "assistant":
             prompt = _message("user", prompt)
+            notes.append(f"the text of {name} is put into a user's message, as the responses are messages")
         else:  # whole conversations: the text is a copy of what they begin with
             text, (prompt, chosen, rejected) = prompt.strip(), _split(chosen, rejected, where)
             held = any(message["content"].strip() == text for message in prompt if message["role"] == "user")
@@ -146,16 +146,10 @@ def render_row(row: Any, index: int, template: ChatTemplate, *, repeated: bool =
             got = f"a {response[0]['role']!r} message" if response else "no message"
             raise ValueError(f"row {index}: {name} must start with an 'assistant' message, got {got} after the prompt")
         texts.append(template.render_response(prompt, response, name, index, rendered))
-    return RenderedPair(
-        index,
-        rendered,
-        texts[0],
-        texts[1],
-        conversational=True,
-        implicit=implicit,
-        notes=(*notes, *template.notes(prompt, [chosen, rejected], rendered, texts)),
-        other_turns=any(message["role"] != "assistant" for message in [*chosen, *rejected]),
-    )
+    found = [*notes, *template.notes(prompt, [chosen, rejected], rendered, texts)]
+    if any(message["role"] != "assistant" for message in [*chosen, *rejected]):
+        found.append("a response has turns other than the assistant's: all of its tokens are scored")
+    return RenderedPair(index, rendered, texts[0], texts[1], True, implicit, tuple(found))
 
 
 def is_conversational(rows: Sequence[Any]) -> bool:

@@ -77,7 +77,6 @@ class PairSet:
     no_room: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     truncated: int = 0
-    other_turns: int = 0
     notes: dict[str, list[int]] = field(default_factory=dict)  # what else a user should know, and of which rows
     unused: list[str] = field(default_factory=list)  # columns
 
@@ -98,11 +97,6 @@ class PairSet:
             lines.append(f"{name}: dropped {len(self.empty)} rows with a response of no tokens: {_some(self.empty)}")
         if self.truncated:
             lines.append(f"{name}: cut the end of {self.truncated} responses to fit max_length={max_length}")
-        if self.other_turns:
-            lines.append(
-                f"{name}: {self.other_turns} rows have turns other than the assistant's in a response; all "
-                "of a response's tokens are scored"
-            )
         return lines
 
     def note(self, text: str, row: int) -> None:
@@ -222,7 +216,6 @@ def _pair(
         result.no_room.append(text.row)
         return None
     result.truncated += sum(len(ids) > max_length for ids, _ in responses)
-    result.other_turns += text.other_turns
     border = min(start for _, start in responses)  # where a token spans the prompt's end, a sample starts before it
     chosen, rejected = (Response(ids[:max_length], start) for ids, start in responses)
     if np.array_equal(chosen.ids, rejected.ids):
