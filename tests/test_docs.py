@@ -248,9 +248,14 @@ def rows_of_data() -> Iterator[Any]:
 
 @pytest.mark.parametrize("block", list(rows_of_data()))
 def test_a_row_that_a_page_shows_is_a_pair(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "pairs.jsonl").write_text(block.text)
-    printed = run("fastpref train --model models/start --dataset pairs.jsonl --dry_run", capsys)
-    assert "1 pairs of 1 rows" in printed or "1 pair of 1 row" in printed
+    unpaired = "completion" in json.loads(block.text)  # of which there must be two
+    (folder / "pairs.jsonl").write_text(f"{block.text}\n" * (1 + unpaired))
+    loss = " --loss kto" * unpaired
+    printed = run(f"fastpref train --model models/start --dataset pairs.jsonl --dry_run{loss}", capsys)
+    if unpaired:
+        assert "dataset: 2 desirable and 0 undesirable responses" in printed
+    else:
+        assert "1 pairs of 1 rows" in printed or "1 pair of 1 row" in printed
 
 
 def given() -> dict[str, Any]:
@@ -279,6 +284,9 @@ def given() -> dict[str, Any]:
     names |= {"logits": logits, "logits_part": logits, "logits_piece": logits, "labels_piece": labels}
     names |= {"policy_chosen": policies[0], "policy_rejected": policies[1], "pairs": pairs * 4}
     names |= {"ref_chosen": references[0], "ref_rejected": references[1]}
+    names |= dict.fromkeys(["chosen_tokens", "rejected_tokens"], torch.tensor([4, 4]))
+    names |= {"policy": policies[0], "policy_mismatched": policies[1], "ref_logps": truth.float()}
+    names |= {"reference": references[0], "ref_mismatched": references[1], "desirable": torch.tensor([True, False])}
     return names | {"chosen": sequences[:2], "rejected": sequences[2:]}
 
 
