@@ -163,7 +163,7 @@ class _Loop:
             run.console.bar("train", run.steps, done=self.start, unit="step") as bar,
         ):
             prepare_samples(run, run.kept, evaluated=self.evaluated)
-            self.adviser.begin(log.history)
+            self.adviser.write()
             if not self.evaluated:
                 with self.window.paused():
                     self.evaluate(log, self.start)
@@ -181,8 +181,9 @@ class _Loop:
                 if logging:
                     self.log(log, step, float(grad_norm), learning_rate)
                 bar.advance(note=progress_note(log.history))
-                self.refresh(log)
                 with self.window.paused():
+                    if self.drawing.due:  # while the run goes on, where that costs little
+                        self.draw(log)
                     if stopped is not None:  # there may be seconds left: no evaluation now, but first thing later
                         self.save(log, step, evaluated=not (evaluating and run.eval_pairs))
                         return self.result(log, step, stopped)
@@ -279,19 +280,11 @@ class _Loop:
         run.console.say_progress(_line(record, run.steps, prefix="eval_"))
         self.best = keep_best(run, self.model, record, self.best)
         write_samples(run, step)
-        if self.drawing.due:
-            self.draw(log)
 
     def draw(self, log: MetricLog) -> None:
         if self.run.accelerator.is_main_process:
             with writing(self.run.output_dir / "curves.png"), self.drawing:
                 draw(self.run, log.history)
-
-    def refresh(self, log: MetricLog) -> None:
-        """Draw the curves while the run goes on, where that costs little."""
-        if self.drawing.due:
-            with self.window.paused():
-                self.draw(log)
 
     def save(self, log: MetricLog, step: int, *, evaluated: bool = True) -> None:
         log.sync()

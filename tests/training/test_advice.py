@@ -16,7 +16,6 @@ import torch
 
 from fastpref.losses import get_loss
 from fastpref.training import Advice, train
-from fastpref.training.checkpoints.durable import MANIFEST, write_manifest
 from fastpref.training.data.batches import BatchPlan, Sizes
 from fastpref.training.monitoring import advice, gradients
 from fastpref.training.monitoring.advice import EXPLODING, FALLING, falling_chosen_reward
@@ -212,22 +211,6 @@ def test_a_fall_is_said_once_and_a_resumed_run_says_the_same(
     for result in (resumed, elsewhere):
         assert result.advice == [said]
         assert lines(result.output_dir) == [said]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_tells_only_whether_advice_was_given_resumes(falling: Make) -> None:
-    straight = falling()
-    folder = straight.output_dir / "checkpoint-16"
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    del state["advice"]
-    for advised in (True, False):
-        torch.save({**state, "advised": advised}, folder / "training_state.pt")
-        (folder / MANIFEST).unlink()
-        write_manifest(folder)
-        resumed = falling(resume=True)
-        assert resumed.advice == ([] if advised else straight.advice)
-        assert (resumed.output_dir / "advice.jsonl").exists() != advised  # the steps that had said it are made again
-        assert torch.equal(bits(resumed), bits(straight))
 
 
 # Gradients that explode

@@ -58,38 +58,31 @@ class Adviser:
     def __init__(self, run: Run, model: Any) -> None:
         self.said: list[Advice] = []
         self._run, self._model = run, model
-        self._silent: set[str] = set()  # kinds said already, those of which no text is left too
         self._records: list[dict[str, Any]] = []  # the first and the latest
         self._norms = Norms(run.plan.per_step)
 
     def state(self) -> dict[str, Any]:
         return {
             "said": [tuple(advice) for advice in self.said],
-            "silent": sorted(self._silent),
             "records": self._records,
             "norms": self._norms.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state; an older one tells only whether the fall was spoken of."""
-        if "advice" not in state:
-            self._silent = {FALLING} if state.get("advised") else set()
-            return
+        """Go on from a checkpoint's state."""
         kept = state["advice"]
-        self.said = said(state)
-        self._silent, self._records = set(kept["silent"]), list(kept["records"])
+        self.said, self._records = said(state), list(kept["records"])
         self._norms.load_state(kept["norms"])
 
-    def begin(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Make advice.jsonl what the checkpoint knows; take the records of one that kept none from `history`."""
-        for record in [] if self._records else history:
-            self._keep(record)
-        self._write()
+    def _has_said(self, kind: str) -> bool:
+        return any(advice.kind == kind for advice in self.said)
 
     def see_record(self, record: Mapping[str, Any]) -> None:
         """A record of training that was just logged."""
-        self._keep(record)
-        if FALLING not in self._silent:
+        if all(name in record for name in KEPT):
+            self._records.append({name: record[name] for name in KEPT})
+            self._records = self._records[:1] + self._records[1:][-PAIRS:]
+        if not self._has_said(FALLING):
             config, plan = self._run.config, self._run.plan
             text = falling_chosen_reward(
                 self._records, self._run.spec, config.loss_arguments, pairs_per_step=plan.per_step
@@ -103,24 +96,19 @@ class Adviser:
         """
         for step, norm, loss in steps:
             usual = self._norms.see(norm, loss)
-            if usual is not None and EXPLODING not in self._silent:
+            if usual is not None and not self._has_said(EXPLODING):
                 now = steps[-1][0].step if measure else None
                 self._say(step.step, EXPLODING, explosion(self._run, self._model, step, norm, usual, now=now))
-
-    def _keep(self, record: Mapping[str, Any]) -> None:
-        if all(name in record for name in KEPT):
-            self._records.append({name: record[name] for name in KEPT})
-            self._records = self._records[:1] + self._records[1:][-PAIRS:]
 
     def _say(self, step: int, kind: str, text: str | None) -> None:
         if text is None:
             return
-        self._silent.add(kind)
         self.said.append(Advice(step, kind, text))
         self._run.console.say(f"advice: {text}")
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Make advice.jsonl what has been said."""
         path = self._run.output_dir / ADVICE
         if not self._run.accelerator.is_main_process or not (self.said or path.exists()):
             return
@@ -135,7 +123,7 @@ class Adviser:
 
 def said(state: Mapping[str, Any] | None) -> list[Advice]:
     """The advice that a checkpoint knows of."""
-    return [Advice(*line) for line in (state or {}).get("advice", {}).get("said", [])]
+    return [] if state is None else [Advice(*line) for line in state["advice"]["said"]]
 
 
 def falling_chosen_reward(

@@ -76,16 +76,10 @@ class Norms:
         return math.log(norm / self._usual()) / spread if spread > 0 else math.inf
 
     def state(self) -> dict[str, Any]:
-        return {
-            "first": list(self._first),
-            "recent": list(self._recent),
-            "largest": self._largest,
-            "start": self._start,
-        }
+        return {**vars(self), "_recent": list(self._recent)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._first, self._recent = list(state["first"]), deque(state["recent"], maxlen=RECENT)
-        self._largest, self._start = state["largest"], state["start"]
+        vars(self).update({**state, "_recent": deque(state["_recent"], maxlen=RECENT)})
 
 
 class _Row(NamedTuple):
