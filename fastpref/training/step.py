@@ -56,8 +56,8 @@ def score(run: Run, model: Any, pairs: Sequence[Pair], *, kl: Tensor | None = No
     else:
         chosen, rejected = policy
         references = reference_logps(batch, run.spec)
-        tokens, arguments = batch.scored_tokens, run.config.loss_arguments
-        output = preference_loss(chosen, rejected, *references, tokens=tokens, **arguments)
+        tokens = batch.scored_tokens if run.spec.needs_tokens else None
+        output = preference_loss(chosen, rejected, *references, tokens=tokens, **run.config.loss_arguments)
     return Scored(batch, policy, output)
 
 
@@ -76,9 +76,10 @@ def kl_estimate(run: Run, batches: Iterable[tuple[Sequence[Pair], bool]]) -> Ten
         for pairs, counts in batches:
             batch, (policy,) = log_probs(run, run.model, pairs, "rejected")
             if counts:
-                total += torch.stack([(policy - cast(Tensor, batch.ref_rejected)).sum(), total.new_tensor(len(pairs))])
-    ratios, count = run.accelerator.reduce(total, "sum")
-    return (ratios / count).clamp(min=0)
+                ratios = policy - cast(Tensor, batch.ref_rejected)
+                total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+    summed, count = run.accelerator.reduce(total, "sum")
+    return (summed / count).clamp(min=0)
 
 
 def log_probs(

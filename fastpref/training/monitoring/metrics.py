@@ -43,7 +43,7 @@ def sums_of(scored: Scored) -> Tensor:
     losses = output.losses.detach()
     if isinstance(output, KTOOutput):
         assert batch.desirable is not None
-        rows = [value.detach() * label for label in (batch.desirable, ~batch.desirable)
+        rows = [torch.where(label, value.detach(), 0.0) for label in (batch.desirable, ~batch.desirable)
                 for value in (output.rewards, *policy)]  # fmt: skip
         rows += [losses, output.kl.expand_as(losses), batch.desirable.to(losses.dtype)]
     else:
