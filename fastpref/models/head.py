@@ -252,10 +252,12 @@ def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | N
             "A tensor-parallel head is not: take its input and linear_sequence_logps(hidden, weight, labels, "
             f"vocab_group=...), or {INSTEAD}"
         )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.shape[1:] != hidden.shape[-1:]:
+    packed = hasattr(weight, "__tensor_flatten__")  # torchao's weights call themselves float32
+    held = f"a {type(weight).__name__}, {describe(weight.data)}" if packed else describe(weight.data)
+    if packed or not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.shape[1:] != hidden.shape[-1:]:
         raise ValueError(
             f"the head's weight must be (V, {hidden.shape[-1]}) in float32, bfloat16 or float16, for hidden states of "
-            f"{describe(hidden)}; {name} has {describe(weight.data)}. Leave the head out of quantisation "
+            f"{describe(hidden)}; {name} has {held}. Leave the head out of quantisation "
             f"(llm_int8_skip_modules), or {INSTEAD}"
         )
     return weight, parameters.get("bias")

@@ -254,7 +254,8 @@ def _name(dtype: torch.dtype) -> str:
 def is_quantised(model: Any) -> bool:
     """Whether weights of the model are held in fewer than 16 bits."""
     return bool(getattr(model, "is_quantized", False)) or any(
-        not p.is_floating_point() or p.dtype.itemsize < 2 for p in model.parameters()
+        not p.is_floating_point() or p.dtype.itemsize < 2 or hasattr(p, "__tensor_flatten__")  # torchao's
+        for p in model.parameters()
     )
 
 
@@ -316,8 +317,11 @@ def unsaved(model: Any) -> list[str]:
     if is_adapted(model):
         return []
     names = tensor_names(model.name_or_path)
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    lost = names - revert_weight_conversion(model, empty).keys() if names else set()
+    if not names:
+        return []
+    state = model.state_dict().items()
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state}
+    lost = names - revert_weight_conversion(model, empty).keys()
     lost = {name for name in lost if not name.endswith(COMPUTED)}
     if not lost:
         return []

@@ -13,13 +13,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fastpref.cli import main
+from fastpref.models import model_logps
 from fastpref.training import TrainConfig, train
 from fastpref.training.build import check_trainable, dtype_lines
 from fastpref.training.memory.plan import plan_memory
 from fastpref.training.prepare import prepare
+from fastpref.training.reference.key import model_digest
 
 Make = Callable[..., Any]
 SHAPE = {
@@ -238,6 +241,21 @@ def test_a_quantised_object_is_refused_whatever_quantised_it(make_model: Make) -
     model.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="GPT2LMHeadModel: quantised weights cannot be trained"):
         check_trainable(model, TrainConfig())
+
+
+def test_a_weight_packed_in_a_tensor_of_its_own_kind_is_refused_by_name_and_can_be_hashed(make_model: Make) -> None:
+    """As torchao's are, which call themselves float32."""
+    model = make_model(tie_word_embeddings=False)
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"Linear has a TwoTensor, .*in training: logps=logits"):
+        model_logps(model, {"input_ids": ids, "labels": ids})
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: quantised weights cannot be trained"):
+        check_trainable(model, TrainConfig())
+    before = model_digest(model, model.state_dict().items())
+    weight[0, 0] += 1
+    assert model_digest(model, model.state_dict().items()) != before
 
 
 @PEFT

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastpref.training import TrainConfig, step, train
 from fastpref.training.arguments import parse_arguments
@@ -99,7 +100,7 @@ def test_the_default_is_the_linear_path_for_policy_reference_and_evaluation(
     monkeypatch.setattr(step, "sequence_logps", None)  # calling it would raise
     config = make_config(batch_size=13, max_steps=2, memory_budget="8MiB")
     train(config, model=make_model(), tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows[:2])
-    # Reference of the training pairs, which the held-out ones are among, three to check the start, two steps, evaluation.
+    # The reference of the training pairs (held-out ones are among them), the check, two steps, an evaluation.
     assert seen == [(with_gradient, "8MiB") for with_gradient in (*[False] * 4, True, True, False)]
 
 
@@ -132,3 +133,35 @@ def test_the_command_line_takes_both_options() -> None:
     assert parse_arguments(["--logps=logits"]).logps == "logits"
     with pytest.raises(ValueError, match="logps must be one of linear, logits; got 'both'"):
         parse_arguments(["--logps=both"])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "trainable tokens of a tied head"])
+def test_what_the_linear_path_refuses_trains_as_its_message_says(
+    kind: str, make_config: Make, tokenizer: Any, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """logps=logits: virtual tokens stand before the batch's, and a tied head of which a few rows are trained."""
+    peft = pytest.importorskip("peft")
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    kinds = {
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **options),
+        "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **options),
+        "trainable tokens of a tied head": lambda: peft.LoraConfig(
+            r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6], **options
+        ),
+    }
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 302, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+        config = LlamaConfig(**shape, **heads, tie_word_embeddings=kind.startswith("trainable"))
+        return peft.get_peft_model(LlamaForCausalLM(config), kinds[kind]())
+
+    with pytest.raises(ValueError, match="in training: logps=logits"):
+        train(make_config(layout="padded"), model=model(), tokenizer=tokenizer, train_dataset=rows)
+    config = make_config(
+        layout="padded", logps="logits", max_steps=8, learning_rate=0.1, output_dir=str(tmp_path / "x")
+    )
+    history = train(config, model=model(), tokenizer=tokenizer, train_dataset=rows).history
+    assert history[0]["grad_norm"] > 0
+    assert history[-1]["loss"] < history[0]["loss"]

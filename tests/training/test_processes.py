@@ -27,7 +27,7 @@ pytest.importorskip("accelerate", reason='needs pip install "fastpref[train]"')
 
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration
 
 from fastpref.folders import MARKER, FolderError
 from fastpref.training import TrainConfig, loop, train
@@ -40,6 +40,7 @@ SHARED: dict[str, Any] = {
     "max_new_tokens": 3,
 }  # fmt: skip
 SUM: dict[str, Any] = {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
+LORA = {"lora_rank": 2, "layout": "padded"}
 TIMED = {"tokens_per_second", "peak_memory"}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -97,10 +98,14 @@ def work(folder: Path, *, only_ddp: bool) -> None:
     except FolderError as error:
         (folder / f"refused-{os.environ['RANK']}.txt").write_text(str(error))
     run("ddp-sum", **SUM)
+    run("ddp-vision", model="vision")
+    run("ddp-lora", model="sixteen", **LORA)
     os.environ.update(FSDP2)
     run("fsdp2")
     run("fsdp2-kto", loss="kto")
     run("fsdp2-sum", **SUM)
+    run("fsdp2-vision", model="vision")
+    run("fsdp2-lora", model="sixteen", **LORA)
     run("fsdp2-untied", model="untied")
     run("fsdp2-resumed", resume=str(folder / "fsdp2" / "checkpoint-2"))
     if adapters:
@@ -144,6 +149,16 @@ def make_adapter(folder: Path) -> None:
     adapted.save_pretrained(folder / "adapter")
 
 
+def vision_model() -> LlavaForConditionalGeneration:
+    """A vision-language model in 16 bits: text reaches half of it, and float32 trains it."""
+    torch.manual_seed(11)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {**tower, "model_type": "llama", "vocab_size": 302, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    vision = {**tower, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "projection_dim": 16}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=290)
+    return LlavaForConditionalGeneration(config).to(torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., Any]
@@ -164,7 +179,10 @@ def runs(
     if (folder / "adapter").exists():
         alone["adapter"] = {"model": "adapter"}
     if not only_ddp:
+        vision_model().save_pretrained(folder / "vision")
+        tiny_model(tied=True).to(torch.bfloat16).save_pretrained(folder / "sixteen")
         alone |= {"untied": {"model": "untied"}, "sum": {"model": "tied", **SUM}}
+        alone |= {"vision": {"model": "vision"}, "sixteen": {"model": "sixteen", **LORA}}
         if "adapter" in alone:
             alone["merged"] = {**alone["adapter"], "adapter": "merge", "lora_rank": 2}
     for tied in (True, False):
@@ -179,6 +197,16 @@ def runs(
                 train_dataset=rows,
                 eval_dataset=rows[:3],
             )
+    if not only_ddp:
+        vision_model().save_pretrained(folder / "vision")
+        tiny_model(tied=True).to(torch.bfloat16).save_pretrained(folder / "sixteen")
+        for name, options in (("vision", {}), ("sixteen", LORA)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "draw", lambda run, history: None)
+                config = TrainConfig(
+                    **SHARED, **options, model=str(folder / name), batch_size=8, output_dir=str(folder / f"one-{name}")
+                )
+                train(config, tokenizer=make_tokenizer(), train_dataset=rows, eval_dataset=rows[:3])
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     done = subprocess.run(
@@ -251,6 +279,20 @@ def test_two_processes_start_at_the_adapter_s_reference_and_train_it_as_one(runs
         assert set(weights) == set(others)
         for key, weight in weights.items():
             torch.testing.assert_close(others[key], weight, rtol=0, atol=2e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("alone", "name"), [("one-vision", "vision"), ("one-sixteen", "lora")])
+def test_two_processes_train_a_vision_model_and_an_adapter_over_16_bits_as_one_does(
+    launch: str, alone: str, name: str, runs: Path
+) -> None:
+    for expected, other in zip(records(runs / alone), records(runs / f"{launch}-{name}"), strict=True):
+        for key in {"loss", "grad_norm", "eval_loss"} & set(expected):
+            assert other[key] == pytest.approx(expected[key], rel=1e-5 if name == "vision" else 1e-2, abs=1e-6), key
+    file = "adapter_model" if name == "lora" else "model"
+    one, two = (load_file(runs / folder / f"model/{file}.safetensors") for folder in (alone, f"{launch}-{name}"))
+    assert {key: (x.shape, x.dtype) for key, x in one.items()} == {key: (x.shape, x.dtype) for key, x in two.items()}
 
 
 @pytest.mark.slow

@@ -105,6 +105,10 @@ def wrap(accelerator: Any, model: Any, optimizer: Any, config: TrainConfig) -> t
     """
     if zero3.in_use(accelerator):
         return zero3.wrap(accelerator, model, optimizer, config)
+    if accelerator.is_fsdp2:
+        # Accelerate wants every class of the list in the model; LLaVA's has those of other vision towers too.
+        base, there = getattr(model, "get_base_model", lambda: model)(), {type(m).__name__ for m in model.modules()}
+        base._no_split_modules = sorted(there & set(base._no_split_modules or ()))
     return accelerator.prepare(model, optimizer)
 
 

@@ -149,6 +149,10 @@ def _both_factors(name: str) -> str:
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:  # each (n,) uint8 on the CPU
     """The bytes of a tensor, a part at a time; nothing of one on the CPU is copied."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's: several tensors that stand for one
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _chunks(getattr(tensor, name))
+        return
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for begin in range(0, flat.numel(), CHUNK):
         yield flat[begin : begin + CHUNK].cpu()
