@@ -197,16 +197,6 @@ def runs(
                 train_dataset=rows,
                 eval_dataset=rows[:3],
             )
-    if not only_ddp:
-        vision_model().save_pretrained(folder / "vision")
-        tiny_model(tied=True).to(torch.bfloat16).save_pretrained(folder / "sixteen")
-        for name, options in (("vision", {}), ("sixteen", LORA)):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "draw", lambda run, history: None)
-                config = TrainConfig(
-                    **SHARED, **options, model=str(folder / name), batch_size=8, output_dir=str(folder / f"one-{name}")
-                )
-                train(config, tokenizer=make_tokenizer(), train_dataset=rows, eval_dataset=rows[:3])
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     done = subprocess.run(
