@@ -22,6 +22,7 @@ from fastpref.training.build import (
     build_tokenizer,
     check_causal,
     check_vocabulary,
+    loading,
     padding_id,
     save_dtype,
     silence_router,
@@ -255,7 +256,8 @@ def _with_defaults(config: TrainConfig, spec: LossSpec, model: Any, world: int, 
     scratch = model is None and config.model is None
     trial = scratch and config.model_config is None
     micro_batches = math.ceil(TRIAL_PAIRS / (config.batch_size * world)) if trial and spec.separable else 1
-    adapted = adapters_wanted(config, model)
+    with loading("model", config.model):
+        adapted = adapters_wanted(config, model)
     if adapted and config.learning_rate is None:
         console.say(f"adapters bear more than weights do: learning_rate={LORA_LEARNING_RATE:g} (not {LEARNING_RATE:g})")
     trained: dict[str, Any] = {

@@ -425,6 +425,13 @@ def test_what_cannot_be_meant_with_an_adapter_is_refused_in_a_line(
             run_from(model=str(sft), tokenizer=base)
 
 
+def test_an_adapter_s_folder_that_cannot_be_read_is_named(sft: Path, run_from: Make) -> None:
+    (sft / "adapter_config.json").write_text("{")
+    for tokenizer in (None, str(sft.parent / "base")):
+        with pytest.raises(ValueError, match=r"model='.*sft' cannot be loaded: Expecting property name"):
+            run_from(model=str(sft), tokenizer=tokenizer)
+
+
 def test_a_dry_run_has_the_adapters_shapes(sft: Path, make_config: Make, rows: Any, capsys: Any) -> None:
     for name, options, trained in (("continue", {}, 432), ("merge", {"adapter": "merge", "lora_rank": 2}, 992)):
         config = make_config(model=str(sft), dry_run=True, output_dir=str(sft.parent / name), **options)
