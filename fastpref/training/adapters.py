@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
-from transformers.utils import cached_file, has_file
+from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.training.config import ALL_LINEAR, TrainConfig
@@ -65,7 +64,7 @@ def has_tokenizer(source: str) -> bool:
     return any(has_file(source, file) for file in TOKENIZER_FILES)
 
 
-def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) -> Any:
+def with_incoming(model: Any, config: TrainConfig, *, say: Say) -> Any:
     """The base with the adapter that `config.model` names on it, or merged into it; a whole model as it is.
 
     Args:
@@ -73,9 +72,6 @@ def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) 
     """
     if config.model is not None and adapter_base(config.model) is not None:
         _check_rank(config, f"model={config.model!r} is an adapter")
-        longer = len(tokenizer) > model.get_input_embeddings().weight.shape[0]
-        if longer and _has_rows(config.model, len(tokenizer)):  # embeddings, with those of tokens that were added
-            model.resize_token_embeddings(len(tokenizer))
         model = _attach(model, config.model)
     elif is_adapted(model):
         _check_rank(config, "the model has PEFT adapters")
@@ -85,6 +81,8 @@ def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) 
         raise ValueError(f"adapter='merge' goes with a model that is an adapter; {config.model or 'the model'} is none")
     if model.active_peft_config.is_prompt_learning:
         raise ValueError("adapter='merge' cannot be: the adapter is a prompt, not a change of weights; leave it out")
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError("adapter='merge' would round the adapter to a quantised base: merge it into the plain base")
     which, model = ", ".join(model.active_adapters), model.merge_and_unload().requires_grad_(True)
     say(f"adapter=merge: the adapter ({which}) is merged into its base, and that is what is trained from")
     if config.lora_rank:
@@ -93,18 +91,14 @@ def with_incoming(model: Any, config: TrainConfig, tokenizer: Any, *, say: Say) 
     return model
 
 
-def _has_rows(source: str, count: int) -> bool:
-    """Whether a matrix of so many rows is among an adapter's weights; of an old format's it is not known, and True."""
-    file = cached_file(source, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return True
-    with safe_open(file, "pt") as weights:
-        return any(weights.get_slice(name).get_shape()[0] == count for name in weights.keys())  # noqa: SIM118
-
-
 def _attach(model: Any, source: str) -> Any:
     """The adapter on its base, to be trained; of a model without numbers (on the meta device) the shapes alone."""
     peft = _peft()
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    saved = [w for key, w in peft.load_peft_weights(source, device="cpu").items() if key.endswith(f".{name}.weight")]
+    if saved and len(saved[0]) != len(embeddings.weight):  # tokens were added to the base
+        model.resize_token_embeddings(len(saved[0]))
     if model.device.type != "meta":
         return peft.PeftModel.from_pretrained(model, source, is_trainable=True)
     settings = peft.PeftConfig.from_pretrained(source)

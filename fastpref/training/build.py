@@ -126,7 +126,7 @@ def build_model(
         )
     else:
         model = AutoModelForCausalLM.from_config(_model_config(config, tokenizer, max_length, say), dtype=torch.float32)
-    model = with_incoming(model, config, tokenizer, say=say)
+    model = with_incoming(model, config, say=say)
     _check_positions(model, max_length)
     if config.disable_dropout:
         disable_dropout(model)

@@ -91,7 +91,8 @@ class TrainConfig:
     lora_alpha: float | None = _option(None, "LoRA's alpha; by default twice the rank.", **POSITIVE)
     lora_target_modules: str = _option(
         ALL_LINEAR,
-        f"Names of the modules that get an adapter, separated by commas, or {ALL_LINEAR}; the head never does.",
+        f"Names of the modules (or stacks of experts) that get an adapter, separated by commas, or {ALL_LINEAR}; head "
+        "and routers never do.",
     )
     freeze_head: bool = _option(
         False, "Leave the head (lm_head) as it is, and embeddings tied to it too: one matrix product in three less."

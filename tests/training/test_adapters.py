@@ -95,7 +95,7 @@ def test_embeddings_tied_to_the_head_get_no_adapter(make_model: Make) -> None:
 def test_a_peft_model_is_taken_as_it_is_and_lora_rank_with_it_is_an_error(make_model: Make) -> None:
     given = get_peft_model(make_model(), LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))
     with pytest.raises(ValueError, match="has PEFT adapters, which is trained on with its own rank, and lora_rank=4"):
-        with_incoming(given, lora(), None, say=print)
+        with_incoming(given, lora(), say=print)
     model, lines = choose_trained(given, TrainConfig())
     assert model is given
     assert lines == []
@@ -403,6 +403,15 @@ def test_tokens_that_the_adapter_added_come_with_it(sft: Path, run_from: Make, t
     assert is_equal_log_probs(result.history[0])
     assert result.model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 303
     assert torch.equal(saved_as_advised(result), logits(result.model))
+
+
+def test_a_longer_tokenizer_alone_leaves_the_base_s_embeddings_as_they_are(sft: Path, tokenizer: Any) -> None:
+    """As of models that ship more tokens than rows; the adapter has no embeddings."""
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])
+    tokenizer.save_pretrained(sft)
+    base = AutoModelForCausalLM.from_pretrained(sft.parent / "base")
+    model = with_incoming(base, TrainConfig(model=str(sft)), say=print)
+    assert model.get_input_embeddings().weight.shape[0] == 302 < len(tokenizer)
 
 
 def test_what_cannot_be_meant_with_an_adapter_is_refused_in_a_line(
