@@ -6,7 +6,6 @@ training mode, which gradient checkpointing asks for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,10 +104,8 @@ def check_start(run: Run) -> None:
         first, again, drawing = logps(), logps(), []
         model.eval()
         quiet = logps()
-        if not (first.isfinite().all() and quiet.isfinite().all()):  # the step's own check names the rows
-            model.train(training)
-            return
-        if _beyond(run, first, again) or _beyond(run, first, quiet):
+        noisy = torch.tensor(float(_beyond(run, first, again) or _beyond(run, first, quiet)), device=device)
+        if run.accelerator.reduce(noisy, "sum"):  # all processes make the next forward, or none
             model.train()
             with _watched(model, device) as drawing:
                 logps()
@@ -138,33 +135,28 @@ def _beyond(run: Run, one: Tensor, other: Tensor) -> bool:
     """Whether log-probs differ by more than rounding."""
     wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in run.model.parameters())
     share = ROUNDING if wide and not autocasts(run.config, run.accelerator.device) else ROUNDING_16_BIT
-    return not torch.allclose(one, other, rtol=share, atol=share)
+    return not torch.allclose(one, other, rtol=share, atol=share, equal_nan=True)
 
 
 @contextmanager
 def _watched(model: nn.Module, device: torch.device) -> Iterator[list[str]]:
     """Collects the innermost modules whose forward draws random numbers."""
     found: list[str] = []
-    states: dict[str, Any] = {}
+    entered: list[tuple[Tensor, int]] = []  # of each forward that has begun: random state, and how many were found
 
     def state() -> Tensor:
         return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
-    def enter(name: str) -> Any:
-        return lambda module, args: states.update({name: (state(), len(found))})
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append((state(), len(found)))
 
-    def leave(name: str, kind: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            before, count = states.pop(name)
-            if len(found) == count and not torch.equal(before, state()):
-                found.append(f"{name} ({kind})")
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        before, count = entered.pop()
+        if len(found) == count and not torch.equal(before, state()):
+            found.append(f"{names[module]} ({type(module).__name__})")
 
-        return look
-
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(enter(name)))
-        hooks.append(module.register_forward_hook(leave(name, type(module).__name__)))
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [hook for m in names for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         yield found
     finally:
@@ -186,4 +178,5 @@ def _on_noise(run: Run, rows: list[int], logps: Tensor, drawing: list[str]) -> s
 
 
 def _pair(logps: Tensor) -> str:
-    return "({:.4f}, {:.4f})".format(*(value if math.isfinite(value) else math.nan for value in logps.tolist()))
+    chosen, rejected = logps.tolist()
+    return f"({chosen:.4f}, {rejected:.4f})"
