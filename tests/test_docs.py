@@ -48,6 +48,8 @@ NOT_RUN = {
     ".venv/bin/fastpref demo": "two minutes; the page on getting started has its quick form, which is run",
     "fastpref study --size 124m": "needs a GPU",
     "fastpref study": "35 minutes; tests/study runs its smallest size",
+    "fastpref train --model models/start --dataset pairs.jsonl --load_in_4bit": "needs bitsandbytes, with which "
+    "tests/training/test_dtypes.py trains",
     "accelerate launch": "needs several GPUs; its options are parsed by Accelerate's parser, the rest by train's",
 }
 RUN_ALL_THE_SAME = ("fastpref study --report",)

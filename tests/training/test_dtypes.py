@@ -309,6 +309,16 @@ def test_a_dry_run_counts_quantised_weights_as_they_are_held(
 
 @PEFT
 @QUANT
+def test_a_reference_model_is_quantised_as_the_policy_is(
+    llama: Make, make_config: Make, rows: list[dict[str, Any]]
+) -> None:
+    source = llama(torch.bfloat16)
+    config = make_config(model=source, reference_model=source, lora_rank=4, load_in_4bit=True, max_steps=1)
+    assert train(config, train_dataset=rows).history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@PEFT
+@QUANT
 def test_from_the_command_line_qlora_trains_saves_its_adapter_and_resumes(
     llama: Make, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
