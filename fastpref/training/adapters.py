@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -382,6 +383,9 @@ def say_how_to_merge(model: Any, folder: Path, *, say: Say) -> None:
     folder = folder if name == "default" else folder / name  # as PEFT saves them
     if base:
         whose, load = f"that of {base}", f'AutoPeftModelForCausalLM.from_pretrained("{folder}")'
+        kind = type(model.get_base_model())
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING.values():  # a vision-language model, whose text part that would load
+            load = f'PeftModel.from_pretrained({kind.__name__}.from_pretrained("{base}"), "{folder}")'
     else:
         whose, load = "without its base", f'PeftModel.from_pretrained(base, "{folder}")'
     say(

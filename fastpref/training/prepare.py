@@ -24,9 +24,9 @@ from fastpref.training.build import (
     check_vocabulary,
     loading,
     padding_id,
-    save_dtype,
     silence_router,
 )
+from fastpref.training.checkpoints.load import save_dtype
 from fastpref.training.checkpoints.run_folder import claim_folder
 from fastpref.training.checkpoints.save import ResumeError, find_checkpoint, load_state
 from fastpref.training.config import (

@@ -105,8 +105,11 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
             options: dict[str, Any] = {"reduction": reduction, "memory_budget": config.memory_budget}
             found = model_logps(model, inputs, scored=batch.scored, **options)
         else:
-            # Prompt and p-tuning put the logits of virtual tokens before those of the batch.
-            logits = model(**batch.inputs, use_cache=False).logits[:, -batch.inputs["input_ids"].shape[1] :]
+            logits = model(**batch.inputs, use_cache=False).logits
+            if (
+                virtual := logits.shape[1] - batch.inputs["input_ids"].shape[1]
+            ):  # of prompt and p-tuning, before the rest
+                logits = logits[:, virtual:]
             found = _of_logits(logits, batch, reduction)
     logps = cast(Tensor, found)  # neither was asked for a second value
     return logps.chunk(2) if batch.part == "both" else (logps,)

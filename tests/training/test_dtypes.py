@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from fastpref.cli import main
 from fastpref.models import model_logps
+from fastpref.options import UsageError
 from fastpref.training import TrainConfig, train
 from fastpref.training.build import check_trainable, dtype_lines
 from fastpref.training.memory.plan import plan_memory
@@ -164,6 +165,16 @@ def test_tied_weights_are_saved_once_in_another_dtype_and_an_object_as_it_is(
         tensors = load_file(tmp_path / option / "model" / "model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {dtype}
         assert "lm_head.weight" not in tensors
+
+
+@PEFT
+def test_an_adapter_is_saved_as_save_dtype_says(llama: Make, make_config: Make, rows: list[dict[str, Any]]) -> None:
+    result = train(
+        make_config(model=llama(torch.bfloat16), lora_rank=2, save_dtype="bfloat16", save_every=4), train_dataset=rows
+    )
+    for name, dtype in (("model", torch.bfloat16), ("checkpoint-4", torch.float32)):
+        saved = load_file(result.output_dir / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {dtype}
 
 
 def test_what_transformers_keeps_in_float32_is_saved_so(
@@ -334,3 +345,9 @@ def test_from_the_command_line_qlora_trains_saves_its_adapter_and_resumes(
     names = ("run", "again")
     one, other = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in names)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_quantised_weights_are_not_sharded(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpref.training.prepare.is_sharded", lambda accelerator: True)
+    with pytest.raises(UsageError, match="quantised weights cannot be sharded here: take DDP"):
+        train(make_config(model="missing", dataset="missing", load_in_4bit=True, lora_rank=2))

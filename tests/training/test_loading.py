@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref.cli import main
 from fastpref.folders import FolderError
 from fastpref.training import TrainConfig, train
-from fastpref.training.build import check_causal, unsaved
+from fastpref.training.build import check_causal
+from fastpref.training.checkpoints.load import unsaved
 
 Make = Callable[..., Any]
 TEXT: dict[str, Any] = {
@@ -197,6 +198,13 @@ def test_a_model_object_that_looks_at_later_tokens_is_refused(
     assert model.training
 
 
+def test_an_encoder_decoder_object_is_refused(make_config: Make, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    config = transformers.T5Config(vocab_size=302, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder: take a causal"):
+        train(make_config(), model=model, tokenizer=tokenizer, train_dataset=rows)
+
+
 def test_an_encoder_decoder_is_refused_in_one_short_line(
     make_config: Make, tokenizer: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -230,6 +238,22 @@ def test_a_token_of_the_data_without_an_embedding_is_named_with_its_row(
     message = r"row 5 of the data has token 300 \('<image>'\), and the model has embeddings of 300 tokens"
     with pytest.raises(ValueError, match=message):
         train(make_config(), model=make_model(vocab_size=300), tokenizer=tokenizer, train_dataset=rows)
+
+
+def test_an_adapter_of_a_vision_language_model_loads_as_the_line_says(
+    vision: Callable[[str], Path], make_config: Make, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    source = vision("Qwen3_5ForConditionalGeneration")
+    config = make_config(model=str(source), lora_rank=2, lora_target_modules="q_proj", learning_rate=0.1)
+    result = train(config, train_dataset=rows)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "to merge it (with PEFT): " in line]
+    load = line.split("to merge it (with PEFT): ")[1].split(".merge_and_unload()")[0]
+    names = {"PeftModel": peft.PeftModel, "Qwen3_5ForConditionalGeneration": type(result.model.get_base_model())}
+    loaded = eval(load, names)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, result.model(input_ids=ids).logits)
 
 
 CODE = """

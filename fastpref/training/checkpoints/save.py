@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastpref.training.adapters import BASE, is_adapted, keeps_merged_base, plain_names
-from fastpref.training.build import no_bars, source_file
 from fastpref.training.checkpoints.durable import (
     MANIFEST,
     WRITE_ERRORS,
@@ -29,6 +28,7 @@ from fastpref.training.checkpoints.durable import (
     remove_folder,
     writing,
 )
+from fastpref.training.checkpoints.load import no_bars, source_file
 from fastpref.training.distributed.processes import (
     load_model_state,
     load_optimizer_state,
@@ -239,7 +239,7 @@ def _save_model(
         model.config.dtype = trained
     tokenizer.save_pretrained(folder)
     for name in () if is_adapted(model) else PROCESSOR:
-        if (file := source_file(model.name_or_path, name)) is not None:
+        if (file := source_file(getattr(model, "name_or_path", ""), name)) is not None:
             shutil.copyfile(file, folder / name)
 
 

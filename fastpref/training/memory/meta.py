@@ -14,7 +14,8 @@ from torch import nn
 
 from fastpref.options import UsageError
 from fastpref.training.adapters import adapter_base
-from fastpref.training.build import build_model, load_model, no_bars, tensor_names
+from fastpref.training.build import build_model
+from fastpref.training.checkpoints.load import load_model, no_bars, tensor_names
 from fastpref.training.config import TrainConfig
 
 

@@ -153,17 +153,17 @@ def _load(run: Run) -> Any:
             )
             silence_router(model)
         check_vocabulary(model, run.tokenizer, [*run.pairs, *run.eval_pairs])
-        _check_tokenizer(name, run.tokenizer)
+        _check_tokenizer(name, run.tokenizer, trust=run.config.trust_remote_code)
     except (ValueError, OSError) as error:
         raise UsageError(f"reference_model={name!r}: {error}") from error
     return model
 
 
-def _check_tokenizer(name: str, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, tokenizer: Any, *, trust: bool) -> None:
     """Ids mean the same to the reference, if it brings a tokenizer that tells."""
     if not has_tokenizer(name):
         return
-    theirs, ours = AutoTokenizer.from_pretrained(name).get_vocab(), tokenizer.get_vocab()
+    theirs, ours = AutoTokenizer.from_pretrained(name, trust_remote_code=trust).get_vocab(), tokenizer.get_vocab()
     other = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
     if other or not ours.keys() & theirs.keys():
         example = (
