@@ -104,7 +104,8 @@ def _load(source: str, name: str, split: str | None, subset: str | None) -> Rows
 def _load_split(source: str, name: str, split: str, subset: str | None) -> Rows:
     """A split of a folder or of a hub dataset."""
     path = Path(source)
-    with _datasets(f"{name}={source!r} ({name}_split={split!r})", quiet=path.exists()) as (datasets, cache):
+    told = f"{name}={source!r} ({name}_split={split!r}{'' if path.exists() else '; no file or folder here'})"
+    with _datasets(told, quiet=path.exists()) as (datasets, cache):
         if not path.exists():
             return datasets.load_dataset(source, subset, split=split)
         if (path / "state.json").is_file():
