@@ -296,3 +296,21 @@ def preference_losses(
     """The loss of each pair; see `fastpref.preference_loss`. Every option of the loss must be given."""
     logps = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     return PREFERENCE_LOSSES[loss](*(t if t is None else t.to(dtype) for t in logps), beta, **options)
+
+
+def kto_losses(
+    policy: Tensor,  # (N,)
+    reference: Tensor,  # (N,)
+    desirable: Tensor,  # (N,) bool
+    log_ratios: Tensor,  # (M,), of mismatched pairs
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:  # (N,)
+    """The losses of `kto_loss`, as Ethayarajh et al. 2024 write them: 1 less the value of each response."""
+    z = log_ratios.mean().clamp(min=0).detach()
+    reward = beta * (policy - reference)
+    good = desirable_weight * (1 - torch.sigmoid(reward - beta * z))
+    bad = undesirable_weight * (1 - torch.sigmoid(beta * z - reward))
+    return torch.where(desirable, good, bad)

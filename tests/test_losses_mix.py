@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpref import get_loss, kto_loss, linear_preference_loss, preference_loss
 from fastpref.losses import LOSSES, coefficients
+from fastpref.reference import kto_losses
 
 B = 5
 
@@ -152,15 +153,6 @@ def test_from_hidden_states_a_sum_takes_no_reduction() -> None:
         linear_preference_loss(hidden, weight, labels, reference, loss=["sigmoid", "sft"], reduction="mean")
 
 
-def kto(
-    policy: Tensor, reference: Tensor, desirable: Tensor, log_ratios: Tensor, beta: float, weights: tuple[float, float]
-) -> Tensor:
-    """As TRL's KTOTrainer writes it."""
-    z = log_ratios.mean().detach().clamp(min=0)
-    good, bad = 1 - torch.sigmoid(beta * (policy - reference - z)), 1 - torch.sigmoid(beta * (z - policy + reference))
-    return torch.where(desirable, weights[0] * good, weights[1] * bad)
-
-
 @pytest.mark.parametrize("shift", [-5.0, 5.0])
 def test_kto_is_the_formula_and_its_kl_a_constant_not_below_zero(shift: float) -> None:
     (policy, mismatched, reference, ref_mismatched), _ = pairs(2)
@@ -169,7 +161,7 @@ def test_kto_is_the_formula_and_its_kl_a_constant_not_below_zero(shift: float) -
     log_ratios = (mismatched - ref_mismatched + shift).requires_grad_()
     options: dict[str, Any] = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
     out = kto_loss(policy, reference, desirable, kl=log_ratios, **options)
-    expected = kto(policy, reference, desirable, log_ratios, 0.3, (1.5, 0.5))
+    expected = kto_losses(policy, reference, desirable, log_ratios, **options)
     torch.testing.assert_close(out.losses, expected, rtol=1e-12, atol=1e-15)
     assert torch.equal(out.loss, out.losses.mean())
     assert torch.equal(out.rewards, (0.3 * (policy - reference)).detach())
@@ -199,7 +191,7 @@ def test_kto_from_hidden_states_takes_its_kl_from_the_mismatched_half() -> None:
     )
     policy, mismatched = sums(hidden, weight, labels).chunk(2)
     ref, ref_mismatched = reference.chunk(2)
-    truth = kto(policy, ref, desirable, mismatched - ref_mismatched, 0.1, (1.0, 2.0))
+    truth = kto_losses(policy, ref, desirable, mismatched - ref_mismatched, beta=0.1, undesirable_weight=2.0)
     torch.testing.assert_close(out.losses, truth.detach(), rtol=1e-12, atol=0)
     found, wanted = (torch.autograd.grad(loss, (hidden, weight)) for loss in (out.loss, truth.mean()))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
