@@ -289,10 +289,12 @@ def _split(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], l
 def _with_checkpoint(run: Run, checkpoint: Path) -> Run:
     """The run with the checkpoint that it goes on from, held against it."""
     state = load_state(checkpoint)
-    differing = [name for name, value in run.settings.items() if state["settings"].get(name) != value]
+    # An option that came later than the checkpoint had its default then.
+    then = {option.name: option.default for option in dataclasses.fields(TrainConfig)} | state["settings"]
+    differing = [name for name, value in run.settings.items() if then.get(name) != value]
     if differing:
         changes = ", ".join(
-            "the data" if name == "data" else f"{name} (was {state['settings'].get(name)!r}, is {run.settings[name]!r})"
+            "the data" if name == "data" else f"{name} (was {then.get(name)!r}, is {run.settings[name]!r})"
             for name in differing
         )
         raise ResumeError(f"{checkpoint} cannot be resumed with other settings than its own: {changes}")

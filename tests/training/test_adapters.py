@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from fastpref.training import TrainConfig, train
 from fastpref.training.adapters import choose_trained, say_how_to_merge, with_incoming
+from fastpref.training.checkpoints.save import load_state
 from fastpref.training.config import LEARNING_RATE, LORA_LEARNING_RATE
 from fastpref.training.data.collate import Batch
 from fastpref.training.prepare import prepare
@@ -307,6 +308,22 @@ def test_a_merged_run_goes_on_where_it_stopped(sft: Path, run_from: Make, tmp_pa
     assert torch.equal(saved_as_advised(rest), logits(whole.model))
     with pytest.raises(ValueError, match=r"adapter \(was 'merge', is 'continue'\)"):
         run_from("other", model=str(sft), learning_rate=1e-2, resume=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_a_checkpoint_from_before_the_option_is_resumed(
+    sft: Path, run_from: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(sft.parent / "base"), "lora_rank": 2, "learning_rate": 1e-2}
+    whole, _ = run_from("whole", **options, save_every=2)
+
+    def older(folder: Path) -> dict[str, Any]:
+        state = load_state(folder)
+        del state["settings"]["adapter"]
+        return state
+
+    monkeypatch.setattr("fastpref.training.prepare.load_state", older)
+    rest, _ = run_from("rest", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(logits(rest.model), logits(whole.model))
 
 
 def test_a_run_on_an_adapter_computes_its_reference_again_from_the_adapter_alone(
