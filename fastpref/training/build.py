@@ -113,11 +113,11 @@ def build_model(
     keep_differentiable(model)
     if not trained:
         return model.requires_grad_(False)
-    lines = [*freeze_other_modalities(model), *unsaved(model)]
+    lines = freeze_other_modalities(model)
     model, more = choose_trained(model, config)
     if not is_adapted(model):  # a checkpoint may be quantised itself
         check_trainable(model, config)
-    for line in (*lines, *more, *dtype_lines(model, config)):
+    for line in (*lines, *more, *unsaved(model), *dtype_lines(model, config)):
         say(line)
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way; both recompute without re-entering autograd by default.
@@ -160,7 +160,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def is_quantised(model: Any) -> bool:
     """Whether weights of the model are held in fewer than 16 bits."""
-    return bool(getattr(model, "is_quantized", False)) or any(
+    return getattr(model.config, "quantization_config", None) is not None or any(
         not p.is_floating_point() or p.dtype.itemsize < 2 or hasattr(p, "__tensor_flatten__")  # torchao's
         for p in model.parameters()
     )

@@ -330,6 +330,24 @@ def test_a_reference_model_is_quantised_as_the_policy_is(
 
 @PEFT
 @QUANT
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_a_checkpoint_that_is_quantised_itself_takes_an_adapter_and_nothing_else(
+    option: str, dry_run: bool, llama: Make, make_config: Make, tokenizer: Any, rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    bits = transformers.BitsAndBytesConfig(**{option: True})
+    model = AutoModelForCausalLM.from_pretrained(llama(torch.bfloat16), quantization_config=bits, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bits")
+    options = {"model": str(tmp_path / "bits"), "max_steps": 1, "dry_run": dry_run}
+    result = train(make_config(**options, lora_rank=2), tokenizer=tokenizer, train_dataset=rows)
+    assert result.step == (0 if dry_run else 1)
+    with pytest.raises(ValueError, match="LlamaForCausalLM: quantised weights cannot be trained: set lora_rank"):
+        train(make_config(**options, output_dir=str(tmp_path / "x")), tokenizer=tokenizer, train_dataset=rows)
+
+
+@PEFT
+@QUANT
 def test_from_the_command_line_qlora_trains_saves_its_adapter_and_resumes(
     llama: Make, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

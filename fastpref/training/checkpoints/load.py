@@ -41,7 +41,7 @@ def load_model(config: TrainConfig, *, device: str | None = None, weights: bool 
 
     Args:
         device: "meta" reads the headers of the weights' files and nothing else.
-        weights: False builds it from its config alone, on the device.
+        weights: False builds it from its config alone, on the device; so does "meta" where a checkpoint is quantised.
     """
     source, trust = cast(str, config.model), config.trust_remote_code
     quantised = config.load_in_4bit or config.load_in_8bit
@@ -56,7 +56,7 @@ def load_model(config: TrainConfig, *, device: str | None = None, weights: bool 
         options: dict[str, Any] = {"dtype": dtype}
         if quantised and device is None:
             options["quantization_config"] = _quantisation(config, whole)
-        if not weights:
+        if not weights or (device == "meta" and getattr(whole, "quantization_config", None) is not None):
             with torch.device(device or "cpu"):
                 options = {"dtype": _dtype_of(whole) if dtype == "auto" else getattr(torch, dtype)}
                 if hasattr(kind, "from_config"):
@@ -134,7 +134,7 @@ def save_dtype(config: TrainConfig, model: Any) -> torch.dtype | None:
 
 def unsaved(model: Any) -> list[str]:
     """A line that names the tensors of the checkpoint that the saved model will lack; none where it lacks none."""
-    if is_adapted(model):
+    if is_adapted(model) or getattr(model, "is_quantized", False):  # of which an adapter is saved, if anything
         return []
     names = tensor_names(getattr(model, "name_or_path", ""))
     if not names:
