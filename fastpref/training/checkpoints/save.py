@@ -170,7 +170,8 @@ def save_merged_base(run: Run, model: Any) -> None:
 
     def write() -> None:
         with writing(folder, errors=WRITE_ERRORS, needed=_bytes(named) + SPARE), new_folder(folder) as new:
-            _save_model(new, run.model.get_base_model(), run.tokenizer, named)
+            with run.own_config():
+                _save_model(new, run.model.get_base_model(), run.tokenizer, named)
 
     on_main(run.accelerator, write, (SaveError,))
 
