@@ -23,7 +23,7 @@ from fastpref.training import TrainConfig, train
 from fastpref.training.build import check_trainable, dtype_lines
 from fastpref.training.memory.plan import plan_memory
 from fastpref.training.prepare import prepare
-from fastpref.training.reference.key import model_digest
+from fastpref.training.reference.cache import model_digest
 
 Make = Callable[..., Any]
 SHAPE = {

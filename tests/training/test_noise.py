@@ -95,6 +95,18 @@ def test_what_was_switched_off_is_saved_and_given_back_as_it_came(
     assert {name: getattr(model.config, name) for name in noise} == {name: before[name] for name in noise}
 
 
+def test_a_checkpoint_is_saved_with_the_dropout_that_its_source_has(
+    make_config: Make, tokenizer: Any, rows: Rows, tmp_path: Path
+) -> None:
+    source = AutoConfig.for_model("falcon", **NOISY["falcon"])
+    assert source.attention_dropout > 0
+    for part in (AutoModelForCausalLM.from_config(source).bfloat16(), tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    train(make_config(model=str(tmp_path / "source"), max_steps=1), train_dataset=rows)
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (saved["attention_dropout"], saved["dtype"]) == (source.attention_dropout, "bfloat16")
+
+
 def test_dropout_is_off_in_the_config_but_while_it_is_saved(tokenizer: Any, tmp_path: Path) -> None:
     model = build("falcon")
     disable_dropout(model)

@@ -169,9 +169,9 @@ def save_merged_base(run: Run, model: Any) -> None:
     named = {base: tensor for name, tensor in weights.items() if (base := plain(name)) is not None}
 
     def write() -> None:
-        with writing(folder, errors=WRITE_ERRORS, needed=_bytes(named) + SPARE), new_folder(folder) as new:
-            with run.own_config():
-                _save_model(new, run.model.get_base_model(), run.tokenizer, named)
+        room = _bytes(named) + SPARE
+        with writing(folder, errors=WRITE_ERRORS, needed=room), new_folder(folder) as new, run.own_config():
+            _save_model(new, run.model.get_base_model(), run.tokenizer, named)
 
     on_main(run.accelerator, write, (SaveError,))
 
@@ -234,10 +234,10 @@ def _save_model(
 ) -> None:
     with no_bars(), restored_config(model):
         model.save_pretrained(folder, state_dict=weights)  # of a PEFT model: its adapter
-    if dtype is not None and not is_adapted(model):  # transformers has written the model's own
-        trained, model.config.dtype = model.config.dtype, dtype
-        model.config.save_pretrained(folder)
-        model.config.dtype = trained
+        if dtype is not None and not is_adapted(model):  # transformers has written the model's own
+            trained, model.config.dtype = model.config.dtype, dtype
+            model.config.save_pretrained(folder)
+            model.config.dtype = trained
     tokenizer.save_pretrained(folder)
     for name in () if is_adapted(model) else PROCESSOR:
         if (file := source_file(getattr(model, "name_or_path", ""), name)) is not None:
