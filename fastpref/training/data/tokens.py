@@ -29,6 +29,7 @@ CHUNK = 256  # rows tokenised in one call: enough to keep a fast tokenizer's thr
 # A response may change the tokens at the prompt's end: one that spans the border, or those of a generation prompt that
 # the chat template rewrites. A prompt longer than max_length by this has no room, whatever its last tokens become.
 BORDER_TOKENS = 64
+SHOWN = 10  # rows in a line of the report
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 Ids = NDArray[np.int32]
@@ -265,8 +266,8 @@ def _given_reference(row: Any, index: int) -> tuple[float, float] | None:
 
 
 def _some(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:10]))
-    return shown if len(rows) <= 10 else f"{shown}, ... ({len(rows)} in all)"
+    shown = ", ".join(map(str, rows[:SHOWN]))
+    return shown if len(rows) <= SHOWN else f"{shown}, ..."
 
 
 def data_digest(pairs: Sequence[Pair]) -> str:
