@@ -55,9 +55,9 @@ def test_the_order_is_that_of_our_loop_over_epochs(data: PairSet, base: Speaker,
     seen: list[list[int]] = []
     real = loop.FiniteGuard.see_batch
 
-    def see(self: Any, rows: list[int], *values: Any) -> None:
-        seen.append(sorted(rows))
-        real(self, rows, *values)
+    def see(self: Any, scored: Any) -> None:
+        seen.append(sorted(scored.batch.rows))
+        real(self, scored)
 
     settings = dataclasses.replace(centre(TINY, "dpo"), epochs=2)
     with pytest.MonkeyPatch.context() as patch:
