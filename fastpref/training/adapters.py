@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -49,7 +50,10 @@ def active_adapters(model: Any) -> list[str]:
 
 def adapter_base(source: str) -> str | None:
     """The base that the adapter in a folder (or of that hub name) was made for; None where that is a whole model."""
-    file = find_adapter_config_file(source) if Path(source).exists() or not Path(source).is_absolute() else None
+    if Path(source).is_dir():
+        file = find_adapter_config_file(source)
+    else:
+        file = None if Path(source).is_absolute() else _config_of_hub(source)
     if file is None:
         return None
     base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -59,6 +63,11 @@ def adapter_base(source: str) -> str | None:
     if Path(base).is_absolute() and not Path(base).exists():
         raise FileNotFoundError(f"{source!r} is an adapter on {base!r}, and there is no such folder: {wanted}")
     return base
+
+
+@functools.cache  # without a network each question takes many seconds
+def _config_of_hub(name: str) -> str | None:
+    return find_adapter_config_file(name)
 
 
 def has_tokenizer(source: str) -> bool:
