@@ -135,14 +135,13 @@ def test_what_the_process_allows_float32_products_does_not_reach_a_float32_head(
         values = fastpref.linear_token_logps(*leaves, labels)
         return [values, *torch.autograd.grad(values.sum(), leaves)]
 
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, expected = settings.fp32_precision, values_and_gradients()
+    before, expected = torch.get_float32_matmul_precision(), values_and_gradients()
     try:
-        settings.fp32_precision = "bf16"
+        torch.set_float32_matmul_precision("medium")
         found = values_and_gradients()
-        assert settings.fp32_precision == "bf16"
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 

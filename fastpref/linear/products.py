@@ -24,19 +24,19 @@ def bf16_matrix_units() -> bool:
 
 @contextlib.contextmanager
 def precision(operand: torch.dtype, device: torch.device) -> Iterator[None]:
-    """How float32 products may be rounded: not at all, whatever the process allows (TF32, or bfloat16 on a CPU).
+    """On a CPU, how oneDNN may round float32 products: not at all, whatever the process allows.
 
-    But on a CPU whose operands mean bfloat16, and were widened, oneDNN may multiply them as such. The setting is the
-    process's; it is put back on the way out.
+    But it may multiply operands that mean bfloat16, and were widened, as such. The setting is the process's; it is put
+    back on the way out. On a GPU the process's own setting counts: beside `set_float32_matmul_precision` torch refuses
+    products under another value of `torch.backends.cuda.matmul.fp32_precision`.
     """
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cpu":
         yield
         return
-    backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    backend: Any = torch.backends.mkldnn
     settings = backend.matmul
     before = settings.fp32_precision
-    narrow = device.type == "cpu" and operand == torch.bfloat16 and bf16_matrix_units()
-    settings.fp32_precision = "bf16" if narrow else "ieee"
+    settings.fp32_precision = "bf16" if operand == torch.bfloat16 and bf16_matrix_units() else "ieee"
     try:
         yield
     finally:

@@ -119,7 +119,10 @@ def check_start(run: Run) -> None:
     if _beyond(run, first, start):
         said = ""
         if not run.spec.unpaired:
-            options, (chosen, rejected) = run.config.loss_arguments, start.unbind(1)
+            options: dict[str, Any] = dict(run.config.loss_arguments)
+            if run.spec.needs_tokens:
+                options["tokens"] = batch.scored_tokens
+            chosen, rejected = start.unbind(1)
             losses = (preference_loss(x[:, 0], x[:, 1], chosen, rejected, **options).losses for x in (first, start))
             loss, equal = (values.mean() for values in losses)
             said = f"; the loss of {len(pairs)} pairs is {loss:.4f}, where equal log-probs give {equal:.4f}"

@@ -106,10 +106,8 @@ def batch_logps(model: Any, batch: Batch, config: TrainConfig, *, reduction: str
             found = model_logps(model, inputs, scored=batch.scored, **options)
         else:
             logits = model(**batch.inputs, use_cache=False).logits
-            if (
-                virtual := logits.shape[1] - batch.inputs["input_ids"].shape[1]
-            ):  # of prompt and p-tuning, before the rest
-                logits = logits[:, virtual:]
+            virtual = logits.shape[1] - batch.inputs["input_ids"].shape[1]  # of prompt and p-tuning, before the rest
+            logits = logits[:, virtual:] if virtual else logits
             found = _of_logits(logits, batch, reduction)
     logps = cast(Tensor, found)  # neither was asked for a second value
     return logps.chunk(2) if batch.part == "both" else (logps,)

@@ -169,6 +169,8 @@ def test_noise_of_an_unknown_kind_is_named_before_the_first_step(
     assert abs(float(apart[5]) - math.log(2)) > 1e-3
     _, lines = first_step(model, loss="simpo", output_dir=str(tmp_path / "simpo"))  # a loss without reference
     assert len(lines) == 1
+    _, lines = first_step(model, loss=["sigmoid", "sft"], output_dir=str(tmp_path / "sum"))  # sums and means of tokens
+    assert "should be the same function" in lines[1]
 
 
 def test_a_reference_that_was_asked_for_is_not_held_against_the_policy(
